@@ -11,12 +11,14 @@ the same bytes, and a longer file begins with the lines of a shorter one, so a s
 
 import argparse
 import base64
+import contextlib
 import functools
 import hashlib
-import importlib.util
+import io
 import json
 import os
 import random
+import shutil
 import string
 import sys
 from dataclasses import dataclass
@@ -61,16 +63,26 @@ class BPETokenizer:
     """Byte-level BPE through tiktoken. ranks: {bytes: id}, all the texts' tokens; control tokens have the other ids."""
 
     def __init__(self, ranks, pattern, vocab_size, bos_id, eos_id, unreachable=()):
+        import regex
         import tiktoken
 
         usable = {token: i for token, i in ranks.items() if token not in unreachable}
         self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=usable, special_tokens={})
         self._bytes = {i: token for token, i in ranks.items()}
+        self._pieces = regex.compile(pattern)
+        self._missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
 
     def encode(self, text, after_control=False):
         """Ids of a plain text, as the reference tokenizer gives them without special tokens."""
-        return self._bpe.encode_ordinary(text)
+        text = _without_surrogates(text)
+        known = lambda text: text.encode("utf-8").translate(None, self._missing)
+        if known(text) == text.encode("utf-8"):
+            return self._bpe.encode_ordinary(text)
+        # SmolLM2 has no token for a few control characters and unassigned planes. The reference leaves their bytes out, but
+        # only after it has cut the text into pieces; within a piece, what stands on their two sides may merge.
+        pieces = [known(match.group()) for match in self._pieces.finditer(text)]
+        return [i for piece in pieces if piece for i in self._bpe._encode_single_piece(piece)]
 
     def decode(self, ids):
         """Text of ids; control tokens have none."""
@@ -93,7 +105,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text, after_control=False):
         """Ids of a plain text; SentencePiece begins it with a space, unless it follows a control token or other text."""
-        text = text.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates have no UTF-8
+        text = _without_surrogates(text)
         if not after_control:
             return self._sp.encode(text)
         # A line break is a byte token, which merges with nothing: what stands behind it is encoded as if inside a text.
@@ -102,6 +114,11 @@ class SentencePieceTokenizer:
     def decode(self, ids):
         """Text of ids; control tokens have none."""
         return self._sp.decode(list(ids))
+
+
+def _without_surrogates(text):
+    """The text with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
+    return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 
 def load_tokenizer(path):
@@ -170,7 +187,7 @@ def _load_tokenizer_json(path):
     except KeyError as error:
         refuse(f"token character {error} outside the byte alphabet")
     made = [ranks.get(a + b, -1) for a, b in merges]
-    if any(x > y for x, y in zip(made, made[1:])) or any(bytes([b]) not in ranks for b in range(256)):
+    if any(x > y for x, y in zip(made, made[1:])):
         refuse("a vocabulary that is not in the order of its merges")
     order = {pair: i for i, pair in reversed(list(enumerate(merges)))}
     if model.get("ignore_merges"):
@@ -219,6 +236,18 @@ def _read_json(path):
         return json.loads(read_file(path, "copy the model's tokenizer files there"))
     except ValueError:
         raise DataError(f"{path}: not valid JSON; copy it again") from None
+
+
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "original/tokenizer.model"]  # fmt: skip
+
+
+def copy_tokenizer(source, target):
+    """Copy a checkpoint folder's tokenizer files, byte for byte, so that what is trained from it can be loaded alone."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            (Path(target) / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 # ---------------------------------------------------------------- template
@@ -334,7 +363,8 @@ def _download_nltk_words(folder):
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # a machine behind a firewall must not wait for minutes
     try:
-        nltk.download("words", download_dir=folder, quiet=True)
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # NLTK prints its failure
+            nltk.download("words", download_dir=folder, quiet=True)
     finally:
         socket.setdefaulttimeout(before)
 
@@ -379,7 +409,8 @@ DEFAULT_WORDS = 50
 def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw"):
     """Write a set's flat file and manifest; returns the flat file's path. n is an upper limit for sets of fixed length."""
     row = SETS[name]
-    examples, manifest = row.build(n or row.size, seed, words, raw)
+    n = n or row.size
+    examples, manifest = row.build(n, seed, words, raw)
     examples = [{"id": f"{name}-{i}"} | example for i, example in enumerate(examples[:n])]
     path = flat_file(name, out, words)
     write_file(path, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
@@ -409,7 +440,7 @@ def load_examples(name, n, data="data", words=DEFAULT_WORDS):
     if not path.exists():
         raise DataError(f"{path}: no such file")
     if len(lines) < n:
-        raise DataError(f"{path}: holds {len(lines)} examples, {n} are asked for; ask for fewer")
+        raise DataError(f"{path}: holds {len(lines)} examples, {n} are asked for; lower --num-examples, --mix-ratio or --mix-words")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines[:n], 1)]
     return examples, hashlib.sha256(b"".join(lines[:n])).hexdigest()
 

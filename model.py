@@ -106,7 +106,7 @@ class Config:
             head_dim=raw.get("head_dim") or need("hidden_size") // n_heads,
             rms_norm_eps=need("rms_norm_eps"),
             rope=rope,
-            sliding_window=raw.get("sliding_window") if raw["model_type"] == "mistral" else None,
+            sliding_window=raw.get("sliding_window", 4096) if raw["model_type"] == "mistral" else None,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             raw=raw,
         )
@@ -133,13 +133,14 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config):
     """The D/2 rotation frequencies, fp32 (RoFormer, section 3.4.2), stretched as Llama 3.1 does when rope_type is llama3."""
     rope = config.rope
-    freqs = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
+    # The reference's order of operations: one rounding more or less in fp32 shows in the logits at position 4,000.
+    freqs = 1 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
     if rope["rope_type"] == "llama3":
         # Wavelengths beyond the old context are slowed by `factor`, short ones kept, those between blended.
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)
+        turns = rope["original_max_position_embeddings"] / (2 * math.pi / freqs)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
+        freqs = (1 - keep) * freqs / rope["factor"] + keep * freqs
     return freqs
 
 
@@ -391,6 +392,15 @@ def load_weights(model, path):
             (param.to_local() if isinstance(param, DTensor) else param).copy_(rows)
 
 
+def weights_dtype(path):
+    """The type in which a folder stores its weights."""
+    file = _tensor_files(Path(path)).get("model.embed_tokens.weight")
+    if file is None:
+        raise CheckpointError(f"{path}: no tensor model.embed_tokens.weight: not a Llama or Mistral checkpoint")
+    with _open_shard(file) as shard:
+        return FLOAT_TYPES.get(shard.get_slice("model.embed_tokens.weight").get_dtype(), torch.bfloat16)
+
+
 def local_rows(param):
     """The rows [first, last) of a parameter that this rank holds: all, or under fully_shard a chunk of dimension 0."""
     n = param.shape[0]
@@ -551,7 +561,7 @@ def convert_gguf(source, out):
     for name, tensor in tensors.items():
         *block, part, _ = name.split(".")
         ours = (f"model.layers.{block[1]}." if block else "") + GGUF_NAMES[part] + ".weight"
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).float()
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))  # fp32
         if part in ("attn_q", "attn_k"):
             # GGUF keeps each head's rotary pairs side by side (i, i + 1); Hugging Face half a head apart (i, i + D/2).
             weight = weight.view(heads if part == "attn_q" else kv_heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)

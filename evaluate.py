@@ -1,0 +1,197 @@
+"""What a checkpoint still knows: exact match on the facts of each of its stages, and tables of finished runs.
+
+    python evaluate.py runs/SmolLM2-135M-Instruct/kvr-s0             # every factoid stage in its lineage
+    python evaluate.py models/Meta-Llama-3-8B --data bios            # any model on any set
+    torchrun --nproc_per_node 8 evaluate.py CKPT                     # facts are shared out over the ranks
+    python evaluate.py --tables runs/                                # one line a setting, from what was evaluated before
+
+Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import DataError, SETS, encode_example, load_examples, load_tokenizer, read_file, write_file
+from model import CheckpointError, load_model
+
+BATCH = 128  # prompts that generate together
+
+
+def setup_device():
+    """(device, rank, number of ranks): this process's own GPU or the CPU, with a process group under torchrun or without."""
+    import os
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device, dist.get_rank(), world
+
+
+def predict(model, tokenizer, examples, progress=False):
+    """Greedy answers, a text for each example; under torch.distributed every rank calls it with the same examples.
+
+    The prompt is exactly what was trained on; an answer may be a few tokens longer than the longest right one.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    prompts, longest = [], 0
+    for example in examples:
+        ids, labels = encode_example(tokenizer, example)
+        start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
+        prompts.append(ids[:start])
+        longest = max(longest, len(ids) - start)
+    max_new_tokens = longest + 4
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    mine = by_length[rank::world]
+    # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
+    new_ids = torch.full((len(prompts), max_new_tokens), 0, device=model.model.embed_tokens.weight.device)
+    for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
+        rows = mine[start : start + BATCH]
+        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, tokenizer.eos_id)):
+            new_ids[row, : len(ids)] = torch.tensor(ids, device=new_ids.device) + 1  # 0 means no token
+    if world > 1:
+        dist.all_reduce(new_ids)
+    return [tokenizer.decode([i - 1 for i in row if i]) for row in new_ids.tolist()]
+
+
+def is_correct(prediction, response):
+    """Exact match as the paper scores it (section 2.2): white space stripped, lower case."""
+    return prediction.strip().lower() == response.strip().lower()
+
+
+def read_lineage(path):
+    """The stages of a checkpoint, as its run.json lists them; none for a base model."""
+    file = Path(path) / "run.json"
+    if not file.exists():
+        return []
+    try:
+        lineage = json.loads(read_file(file, "train it again"))
+    except ValueError:
+        raise DataError(f"{file}: not valid JSON; remove the folder and train it again") from None
+    return lineage
+
+
+def stage_facts(entry, data="data"):
+    """The facts a stage trained on; none for a set whose answers are no facts."""
+    name = entry["data"]
+    if name in SETS and SETS[name].kind != "factoid":
+        return []
+    examples, sha256 = load_examples(name, entry["num_examples"], data)
+    if sha256 != entry["data_sha256"]:
+        raise DataError(f"{name}: its first {entry['num_examples']} lines in {data}/ are not those that stage {entry['stage']} was trained on; "
+                        "give the folder that holds them with --data-dir")  # fmt: skip
+    return [example for example in examples if "messages" not in example]
+
+
+def evaluate(path, model, tokenizer, sets, rank=0):
+    """Ask the model every fact of sets {name: examples}, write eval.json and predictions into folder path, return eval.json."""
+    results = {}
+    for name, examples in sets.items():
+        predictions = predict(model, tokenizer, examples, progress=True)
+        rows = [{"id": e["id"], "prompt": e["prompt"], "response": e["response"], "prediction": p, "correct": is_correct(p, e["response"])}
+                for e, p in zip(examples, predictions)]  # fmt: skip
+        correct = sum(row["correct"] for row in rows)
+        results[name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows)}
+        if rank == 0:
+            write_file(Path(path) / f"predictions.{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if rank == 0:
+        old = Path(path) / "eval.json"
+        before = json.loads(old.read_bytes()) if old.exists() else {}
+        write_file(old, json.dumps(before | results, indent=2) + "\n")
+    return results
+
+
+# ---------------------------------------------------------------- tables
+
+
+def mix_label(lineage):
+    """The paper's label for a run: "Random / K-Pile" names the mix of each stage, "-" is none."""
+    mixes = ["-" if entry["mix"] == "none" else Path(entry["mix"]).stem for entry in lineage]
+    return "No Mixing" if set(mixes) == {"-"} else " / ".join(mixes)
+
+
+def tables(folder):
+    """Markdown of every finished chain of stages below folder, mean and standard deviation over seeds; also runs/TABLES.md and a figure."""
+    folder = Path(folder)
+    chains = {}  # (data of each stage, label, steps of stage 1) -> [(accuracy after stage 1, after the last stage, folder)]
+    for run in sorted(folder.rglob("run.json")):
+        lineage, result = read_lineage(run.parent), run.with_name("eval.json")
+        if len(lineage) < 2 or not result.exists():
+            continue
+        first = run.parents[len(lineage) - 1] / "eval.json"
+        name = Path(lineage[0]["data"]).stem
+        at_first = json.loads(first.read_bytes())[name]["accuracy"] if first.exists() else float("nan")
+        now = {name: row["accuracy"] for name, row in json.loads(result.read_bytes()).items()}
+        key = (tuple(Path(e["data"]).stem for e in lineage), mix_label(lineage), tuple(e["steps"] for e in lineage))
+        chains.setdefault(key, []).append((at_first, now, run.parent))
+    if not chains:
+        raise DataError(f"{folder}: no finished runs of two stages with an eval.json; train and evaluate them first")
+
+    def cell(values):
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{spread}"
+
+    lines = []
+    for stages in sorted({key[0] for key in chains}):
+        a, b = stages[0], stages[-1]
+        lines += [f"{a}, then {', then '.join(stages[1:])}: exact match in %, after stage 1 and at the end", ""]
+        lines += [f"| mix (stage 1 / 2) | steps | {a} after stage 1 | **{a} at the end** | {b} at the end | seeds |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+        for (names, label, steps), runs in chains.items():
+            if names == stages:
+                before, left, new = zip(*[(at_first, now[a], now.get(b, float("nan"))) for at_first, now, _ in runs])
+                lines.append(f"| {label} | {' + '.join(map(str, steps))} | {cell(before)} | **{cell(left)}** | {cell(new)} | {len(runs)} |")
+        lines.append("")
+    text = "\n".join(lines)
+    write_file(folder / "TABLES.md", text)
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Exact match of a checkpoint on the facts of its stages.")
+    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="folder of a model or of a finished stage")
+    parser.add_argument("--data", nargs="+", metavar="NAME", help="sets or .jsonl files to ask instead of those of its stages")
+    parser.add_argument("--num-examples", type=int, default=2000, help="with --data: how many of each (default: 2000)")
+    parser.add_argument("--data-dir", default="data", help="folder of flat files (default: data)")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="type of weights and arithmetic (default: bf16)")
+    parser.add_argument("--tables", metavar="RUNS", help="print the table of the finished runs below this folder")
+    args = parser.parse_args()
+    if args.tables:
+        return print(tables(args.tables))
+    if not args.checkpoint:
+        raise DataError("name a checkpoint folder, or give --tables RUNS")
+    if args.data:
+        sets = {Path(name).stem: load_examples(name, args.num_examples, args.data_dir)[0] for name in args.data}
+    else:
+        lineage = read_lineage(args.checkpoint)
+        if not lineage:
+            raise DataError(f"{args.checkpoint}: no run.json, so no stages to ask about; name sets with --data")
+        sets = {Path(entry["data"]).stem: facts for entry in lineage if (facts := stage_facts(entry, args.data_dir))}
+    tokenizer = load_tokenizer(args.checkpoint)
+    device, rank, _ = setup_device()
+    model = load_model(args.checkpoint, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+    results = evaluate(args.checkpoint, model, tokenizer, sets, rank)
+    if rank == 0:
+        print(f"{'set':20} {'facts':>6} {'correct':>8} {'accuracy':>9}")
+        for name, row in results.items():
+            print(f"{name:20} {row['total']:6} {row['correct']:8} {row['accuracy']:8.1f}%")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, DataError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
