@@ -52,6 +52,7 @@ def write_file(path, text):
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # GPT-2's after every digit was set apart: a space never joins a digit, and white space before a digit ends a piece.
 GPT2_DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
@@ -76,11 +77,11 @@ class BPETokenizer:
     def encode(self, text, after_control=False):
         """Ids of a plain text, as the reference tokenizer gives them without special tokens."""
         text = _without_surrogates(text)
-        known = lambda text: text.encode("utf-8").translate(None, self._missing)
-        if known(text) == text.encode("utf-8"):
+        known = lambda piece: piece.encode("utf-8").translate(None, self._missing)
+        if len(text) < 900_000 and known(text) == text.encode("utf-8"):
             return self._bpe.encode_ordinary(text)
-        # SmolLM2 has no token for a few control characters and unassigned planes. The reference leaves their bytes out, but
-        # only after it has cut the text into pieces; within a piece, what stands on their two sides may merge.
+        # tiktoken's regex gives up on a run of a million spaces, and SmolLM2 has no token for some bytes (six control
+        # characters, unassigned planes). The reference drops those from each piece; what stands around them may merge.
         pieces = [known(match.group()) for match in self._pieces.finditer(text)]
         return [i for piece in pieces if piece for i in self._bpe._encode_single_piece(piece)]
 
@@ -100,7 +101,7 @@ class SentencePieceTokenizer:
             raise DataError(f"{path}: neither a tiktoken nor a SentencePiece model; copy it again") from None
         self.vocab_size, self.bos_id, self.eos_id = self._sp.vocab_size(), self._sp.bos_id(), self._sp.eos_id()
         self._newline = self._sp.encode("\n")
-        if self._sp.id_to_piece(self._newline[-1]) != "<0x0A>" or min(self.bos_id, self.eos_id) < 0:
+        if self._sp.id_to_piece(self._newline)[-1:] != ["<0x0A>"] or min(self.bos_id, self.eos_id) < 0:
             raise DataError(f"{path}: not a Llama or Mistral tokenizer (no byte tokens, bos or eos); use the model's own file")
 
     def encode(self, text, after_control=False):
@@ -162,30 +163,31 @@ def _load_tokenizer_json(path):
     steps = spec.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     kinds = [step.get("type") for step in steps]
-    if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+    if kinds[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space"):
         refuse(f"pre-tokenizer {kinds}")
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         pattern = GPT2_PATTERN
     elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
         pattern = GPT2_DIGITS_PATTERN
-    elif (kinds == ["Split", "ByteLevel"] and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-          and "Regex" in steps[0].get("pattern", {}) and not steps[1].get("use_regex", True)):  # fmt: skip
-        pattern = steps[0]["pattern"]["Regex"]
+    elif steps[:-1] == [LLAMA3_SPLIT] and not steps[1].get("use_regex", True):
+        pattern = LLAMA3_PATTERN
     else:
         refuse(f"pre-tokenizer {kinds} with these options")
 
     added = {}
     for token in spec.get("added_tokens") or []:
-        if not token["special"]:
+        if not token.get("special"):
             refuse(f"added token {token['content']!r} that is not special")
         added[token["content"]] = token["id"]
     to_byte = _byte_alphabet()
-    to_bytes = lambda token: bytes(to_byte[c] for c in token)
     try:
-        ranks = {to_bytes(token): i for token, i in model["vocab"].items() if token not in added}
-        merges = [tuple(map(to_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    except KeyError as error:
-        refuse(f"token character {error} outside the byte alphabet")
+        spelled = {token: bytes(to_byte[c] for c in token) for token in model["vocab"] if token not in added}
+        merges = [(spelled[a], spelled[b]) for a, b in (m.split(" ") if isinstance(m, str) else m for m in model["merges"])]
+    except (KeyError, ValueError) as error:
+        refuse(f"a vocabulary or merge beyond the byte alphabet ({error})")
+    ranks = {spelled[token]: model["vocab"][token] for token in spelled}
+    if model.get("unk_token") and sum(len(token) == 1 for token in ranks) < 256:
+        refuse("unk_token for bytes that have no token")
     made = [ranks.get(a + b, -1) for a, b in merges]
     if any(x > y for x, y in zip(made, made[1:])):
         refuse("a vocabulary that is not in the order of its merges")
@@ -222,20 +224,26 @@ def _byte_alphabet():
 
 def _merge(token, order):
     """BPE as the merges define it: join the pair of lowest order, leftmost first, until none is left."""
-    parts = [token[i : i + 1] for i in range(len(token))]
+    parts, last = [token[i : i + 1] for i in range(len(token))], len(order)
     while len(parts) > 1:
-        rank, i = min((order.get(pair, len(order)), i) for i, pair in enumerate(zip(parts, parts[1:])))
-        if rank == len(order):
+        ranks = [order.get(pair, last) for pair in zip(parts, parts[1:])]
+        rank = min(ranks)
+        if rank == last:
             break
+        i = ranks.index(rank)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
 def _read_json(path):
+    content = read_file(path, "copy the model's tokenizer files there")
     try:
-        return json.loads(read_file(path, "copy the model's tokenizer files there"))
+        value = json.loads(content)
     except ValueError:
         raise DataError(f"{path}: not valid JSON; copy it again") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a JSON object; copy it again")
+    return value
 
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "special_tokens_map.json",

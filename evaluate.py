@@ -76,10 +76,12 @@ def read_lineage(path):
     file = Path(path) / "run.json"
     if not file.exists():
         return []
+    content = read_file(file, "check its permissions")
     try:
-        lineage = json.loads(read_file(file, "train it again"))
-    except ValueError:
-        raise DataError(f"{file}: not valid JSON; remove the folder and train it again") from None
+        lineage = json.loads(content)
+        lineage[0]["data"], lineage[0]["data_sha256"]
+    except (ValueError, LookupError, TypeError):
+        raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again") from None
     return lineage
 
 

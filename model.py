@@ -492,6 +492,8 @@ def save_model(model, path, dtype=None):
             size = sum(param.numel() for param in params.values()) * dtype.itemsize
             weight_map = {name: file for file, names in zip(files, shards) for name in names}
             _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+        else:
+            (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards saved here before
         type_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
         _write_json(path / "config.json", model.config.raw | {type_key: str(dtype).removeprefix("torch.")})
 

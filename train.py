@@ -148,10 +148,10 @@ def main():
     args = parse_args()
     device, rank, world = setup_device()
     if device.type == "cpu":
-        # Keep large blocks between steps: glibc would return them to the kernel and get them back zeroed, a tenth of a step.
+        # Keep freed memory between steps: glibc would return it to the kernel and get it back zeroed, a tenth of a step.
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its largest value
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     say = print if rank == 0 else lambda *_: None
 

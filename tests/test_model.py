@@ -1,0 +1,231 @@
+"""model.py against transformers, whose logits lie in tests/golden, and against plainer ways to compute the same."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN
+from safetensors.torch import load_file, save_file
+
+import model as model_py
+from model import CheckpointError, load_model, save_model
+
+TINY = ["llama3", "llama2", "mistral", "llama32"]
+PROMPTS = [[1, 5, 9], [7] * 30 + [8, 3], [2], list(range(40, 60))]  # two of them longer than the Mistral's window of 16
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose a lot where the cores are busy."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield threads
+    torch.set_num_threads(threads)
+
+
+def load(name):
+    return load_model(GOLDEN / name, torch.float32)
+
+
+# ---------------------------------------------------------------- logits
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_logits_equal_transformers(name):
+    """Logits equal transformers': right-padded prompts in one batch, and positions around 4,000 of a long text."""
+    model, golden = load(name), load_file(GOLDEN / name / "golden.safetensors")
+    logits = model(golden["prompts"])
+    ours = torch.cat([row[:n] for row, n in zip(logits, golden["lengths"])])
+    assert (ours - golden["prompt_logits"]).abs().max() < 1e-4
+    ours = model(golden["text"].long()[None])[0, golden["positions"]]
+    assert (ours - golden["text_logits"]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_smollm2_logits_equal_transformers(smollm2_folder, one_thread):
+    """A pretrained model: our conversion's logits on English text equal those of transformers, which read the GGUF file itself."""
+    torch.set_num_threads(one_thread)  # all of them
+    model, golden = load_model(smollm2_folder, torch.float32), load_file(GOLDEN / "smollm2.safetensors")
+    ours = model(golden["text"].long()[None])[0, golden["positions"]][:, golden["vocabulary"]]
+    assert (ours - golden["text_logits"]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_hidden_states_lead_to_the_logits(name):
+    """return_hidden: the embedding comes first, and the head applied to the last block's output equals model(ids)."""
+    model, ids = load(name), torch.randint(128, (2, 24))
+    hidden = model(ids, return_hidden=True)
+    assert hidden.shape == (model.config.num_hidden_layers + 1, 2, 24, 32)
+    assert torch.equal(hidden[0], model.model.embed_tokens(ids))
+    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    assert torch.equal(F.linear(model.model.norm(hidden[-1]), head.weight), model(ids))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_loss_equals_cross_entropy_of_the_logits(name):
+    """model(ids, labels) equals -log softmax(logits at t - 1)[labels[t]] summed one token at a time, and so do its gradients."""
+    model, ids = load(name), torch.randint(128, (3, 20))
+    labels = torch.where(torch.rand(3, 20) < 0.5, torch.randint(128, (3, 20)), -100)
+    labels[0, 0], labels[0, -1], labels[2] = 5, 6, -100
+    loss, n_tokens = model(ids, labels=labels)
+    logits = model(ids)
+    terms = [-logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(3) for t in range(1, 20) if labels[b, t] != -100]
+    assert n_tokens == len(terms)
+    torch.testing.assert_close(loss, sum(terms))
+    params = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(loss, params), torch.autograd.grad(sum(terms), params), atol=1e-4, rtol=1e-4)
+
+
+def test_loss_of_nothing_is_zero():
+    """A batch without supervised tokens has loss 0 and gradients 0, not NaN."""
+    model, ids = load("llama2"), torch.randint(128, (2, 5))
+    loss, n_tokens = model(ids, labels=torch.full_like(ids, -100))
+    loss.backward()
+    assert loss == 0 and n_tokens == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------- generation
+
+
+@torch.no_grad()
+def plain_generate(model, prompt, n):
+    """Greedy continuation without a cache: the whole text again for each new token."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_generate_equals_a_loop_without_cache(name):
+    """generate equals argmax of a full forward for each token: prompts alone, all together, in pairs and in another order."""
+    model = load(name)
+    plain = [plain_generate(model, prompt, 20) for prompt in PROMPTS]
+    for batch in ([0], [1], [2], [3], [0, 1, 2, 3], [3, 1], [2, 0], [1, 3, 2, 0]):
+        assert model.generate([PROMPTS[i] for i in batch], 20, eos_id=-1) == [plain[i] for i in batch]
+
+
+def test_generate_stops_at_eos():
+    """Each row ends before its first eos, whatever the rows beside it do; no prompts or no tokens give nothing."""
+    model = load("llama3")
+    plain = [plain_generate(model, prompt, 20) for prompt in PROMPTS]
+    for eos in (plain[0][0], plain[1][5], plain[3][19]):
+        expected = [row[: row.index(eos)] if eos in row else row for row in plain]
+        assert model.generate(PROMPTS, 20, eos) == expected
+        assert [model.generate([prompt], 20, eos)[0] for prompt in PROMPTS] == expected
+    assert model.generate([], 20, eos_id=2) == []
+    assert model.generate(PROMPTS, 0, eos_id=2) == [[], [], [], []]
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TINY)
+def test_save_and_load_give_the_same_bits(name, dtype, tmp_path, monkeypatch):
+    """load_model of save_model equals the model bit for bit: in shards, and then in one file in the same folder."""
+    model = load_model(GOLDEN / name, dtype)
+    for limit, single in ((30_000, False), (10**9, True)):
+        monkeypatch.setattr(model_py, "SHARD_BYTES", limit)
+        with torch.no_grad():
+            model.model.norm.weight += 1
+        save_model(model, tmp_path)
+        files = {path.name for path in tmp_path.iterdir()}
+        assert ("model.safetensors" in files) == single and not any(file.endswith(".tmp") for file in files)
+        again = load_model(tmp_path, dtype)
+        assert model.state_dict().keys() == again.state_dict().keys()
+        assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+        assert again.config.rope == model.config.rope and again.config.sliding_window == model.config.sliding_window
+
+
+def test_what_other_releases_leave_in_a_folder_is_harmless(tmp_path):
+    """Files outside the index and tensors that can be computed (RoPE's frequencies, a tied head) change nothing."""
+    shutil.copytree(GOLDEN / "llama32", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"another format")
+    in_file(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": t["model.embed_tokens.weight"].clone()}))(tmp_path)
+    model, again = load("llama32"), load_model(tmp_path, torch.float32)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"
+NORM = "model.norm.weight"
+
+
+def in_file(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+def in_json(file, change):
+    def damage(folder):
+        value = json.loads((folder / file).read_text())
+        change(value)
+        (folder / file).write_text(json.dumps(value))
+
+    return damage
+
+
+def in_config(**fields):
+    return in_json("config.json", lambda config: config.update(fields))
+
+
+def in_index(tensor, file):
+    return in_json(INDEX, lambda index: index["weight_map"].update({tensor: file}))
+
+
+DAMAGE = {  # what happened: (to which model, how, what the message names)
+    "missing tensor": ("llama2", in_file(lambda t: t.pop(NORM)), [NORM]),
+    "extra tensor": ("llama2", in_file(lambda t: t.update(extra=torch.ones(2))), ["model.safetensors", "extra"]),
+    "bias": ("llama2", in_file(lambda t: t.update({"lm_head.bias": torch.ones(128)})), ["model.safetensors", "lm_head.bias"]),
+    "misshapen tensor": ("llama2", in_file(lambda t: t.update({NORM: torch.ones(31)})), ["model.safetensors", NORM, "[31]", "[32]"]),
+    "config of another size": ("llama2", in_config(intermediate_size=65), ["model.safetensors", "mlp", "[65, 32]"]),
+    "NaN": ("llama2", in_file(lambda t: t[NORM].__setitem__(3, float("nan"))), ["model.safetensors", NORM, "NaN"]),
+    "infinity": ("llama2", in_file(lambda t: t[NORM].__setitem__(3, float("inf"))), ["model.safetensors", NORM]),
+    "int8 tensor": ("llama2", in_file(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})), ["model.safetensors", NORM, "I8"]),
+    "no weights": ("llama2", lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
+    "missing shard": ("llama3", lambda folder: (folder / SHARD).unlink(), [SHARD]),
+    "truncated shard": ("llama3", lambda folder: os.truncate(folder / SHARD, 20_000), [SHARD]),
+    "zero-length shard": ("llama3", lambda folder: os.truncate(folder / SHARD, 0), [SHARD]),
+    "zero-length file": ("llama2", lambda folder: os.truncate(folder / "model.safetensors", 0), ["model.safetensors"]),
+    "index to a parent": ("llama3", in_index(NORM, f"../{SHARD}"), [INDEX, NORM, "../"]),
+    "index to the root": ("llama3", in_index(NORM, f"/tmp/{SHARD}"), [INDEX, NORM, "/tmp"]),
+    "index to another shard": ("llama3", in_index("model.embed_tokens.weight", SHARD), [SHARD, "model.embed_tokens.weight"]),
+    "index of a lost tensor": ("llama3", in_index("lost", SHARD), [SHARD, "lost"]),
+    "index without map": ("llama3", in_json(INDEX, lambda index: index.pop("weight_map")), [INDEX]),
+    "index not JSON": ("llama3", lambda folder: (folder / INDEX).write_text('{"weight_map'), [INDEX]),
+    "no config": ("llama2", lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+    "config not JSON": ("llama2", lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
+    "config not text": ("llama2", lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), ["config.json"]),
+    "config a list": ("llama2", lambda folder: (folder / "config.json").write_text("[]"), ["config.json"]),
+    "no hidden size": ("llama2", in_json("config.json", lambda config: config.pop("hidden_size")), ["config.json", "hidden_size"]),
+    "other architecture": ("llama2", in_config(model_type="qwen2"), ["config.json", "qwen2"]),
+    "unknown RoPE": ("llama3", in_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["config.json", "yarn"]),
+    "old RoPE": ("llama2", in_config(rope_scaling={"type": "linear", "factor": 2.0}), ["config.json", "linear"]),
+    "RoPE without factor": ("llama3", in_config(rope_scaling={"rope_type": "llama3"}), ["config.json", "factor"]),
+    "biases": ("llama2", in_config(attention_bias=True), ["config.json", "attention_bias"]),
+    "quantized": ("llama2", in_config(quantization_config={"quant_method": "gptq"}), ["config.json", "quantization_config"]),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_folders_are_refused(what, tmp_path):
+    """Whatever is wrong with a folder, load_model raises CheckpointError with one line that names it."""
+    name, damage, named = DAMAGE[what]
+    shutil.copytree(GOLDEN / name, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        load_model(tmp_path)
+    message = str(error.value)
+    assert str(tmp_path) in message and "\n" not in message
+    assert all(part in message for part in named), message
