@@ -345,6 +345,7 @@ def build_random(n, seed, words, raw):
     return examples, {"sources": {source: digest}, "vocabulary": len(vocabulary)}
 
 
+@functools.cache
 def word_list(raw):
     """(sorted words, where from): the NLTK words corpus, downloaded into raw/ if need be, else the same dictionary from english-words."""
     import nltk

