@@ -125,39 +125,70 @@ def mix_label(lineage):
 
 
 def tables(folder):
-    """Markdown of every finished chain of stages below folder, mean and standard deviation over seeds; also runs/TABLES.md and a figure."""
+    """Markdown of every evaluated chain of stages below folder, mean and standard deviation over seeds; kept as TABLES.md.
+
+    Beside it retention.png shows, chain by chain, what was left of the first stage's facts while the last stage trained.
+    """
     folder = Path(folder)
-    chains = {}  # (data of each stage, label, steps of stage 1) -> [(accuracy after stage 1, after the last stage, folder)]
-    for run in sorted(folder.rglob("run.json")):
-        lineage, result = read_lineage(run.parent), run.with_name("eval.json")
-        if len(lineage) < 2 or not result.exists():
+    chains = {}  # (the stages' sets, mix label, the stages' steps) -> runs over seeds
+    for file in sorted(folder.rglob("run.json")):
+        lineage, run = read_lineage(file.parent), file.parent
+        start = run.parents[len(lineage) - 2] if len(lineage) > 1 else run  # stages lie one inside the other
+        if len(lineage) < 2 or not (run / "eval.json").exists() or not (start / "eval.json").exists():
             continue
-        first = run.parents[len(lineage) - 1] / "eval.json"
-        name = Path(lineage[0]["data"]).stem
-        at_first = json.loads(first.read_bytes())[name]["accuracy"] if first.exists() else float("nan")
-        now = {name: row["accuracy"] for name, row in json.loads(result.read_bytes()).items()}
-        key = (tuple(Path(e["data"]).stem for e in lineage), mix_label(lineage), tuple(e["steps"] for e in lineage))
-        chains.setdefault(key, []).append((at_first, now, run.parent))
+        names = tuple(Path(entry["data"]).stem for entry in lineage)
+        before, after = ({name: row["accuracy"] for name, row in _read_rows(f / "eval.json")[0].items()} for f in (start, run))
+        checks = [(row["step"], row["accuracy"]) for row in _read_rows(run / "metrics.jsonl") if row.get("data") == names[0]]
+        key = (names, mix_label(lineage), tuple(entry["steps"] for entry in lineage))
+        chains.setdefault(key, []).append({"before": before[names[0]], "after": after, "checks": [(0, before[names[0]]), *checks]})
     if not chains:
-        raise DataError(f"{folder}: no finished runs of two stages with an eval.json; train and evaluate them first")
+        raise DataError(f"{folder}: no evaluated runs of two stages; train them and run evaluate.py on each first")
 
     def cell(values):
+        values = [value for value in values if value is not None]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread}"
+        return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
     lines = []
     for stages in sorted({key[0] for key in chains}):
-        a, b = stages[0], stages[-1]
-        lines += [f"{a}, then {', then '.join(stages[1:])}: exact match in %, after stage 1 and at the end", ""]
-        lines += [f"| mix (stage 1 / 2) | steps | {a} after stage 1 | **{a} at the end** | {b} at the end | seeds |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+        first, last = stages[0], stages[-1]
+        lines += [f"{', then '.join(stages)}: exact match in %", ""]
+        lines += [f"| mix at stage 1 / 2 | steps | {first} after stage 1 | {first} at the end | {last} at the end | runs |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
         for (names, label, steps), runs in chains.items():
             if names == stages:
-                before, left, new = zip(*[(at_first, now[a], now.get(b, float("nan"))) for at_first, now, _ in runs])
-                lines.append(f"| {label} | {' + '.join(map(str, steps))} | {cell(before)} | **{cell(left)}** | {cell(new)} | {len(runs)} |")
+                row = [cell([run["before"] for run in runs])] + [cell([run["after"].get(name) for run in runs]) for name in (first, last)]
+                lines.append(f"| {label} | {' + '.join(map(str, steps))} | {' | '.join(row)} | {len(runs)} |")
         lines.append("")
     text = "\n".join(lines)
     write_file(folder / "TABLES.md", text)
+    _draw_retention(chains, folder / "retention.png")
     return text
+
+
+def _draw_retention(chains, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for (names, label, steps), runs in chains.items():
+        for i, run in enumerate(runs):
+            (line,) = axes.plot(*zip(*[(100 * step / steps[-1], accuracy) for step, accuracy in run["checks"]]), marker=".",
+                                color=line.get_color() if i else None, label=f"{label} ({' + '.join(map(str, steps))} steps)" if not i else None)  # fmt: skip
+    axes.set(xlabel="% of the last stage's steps", ylabel="exact match on the first stage's facts, %", ylim=(-3, 103))
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _read_rows(path):
+    """The objects in a JSON or JSON-lines file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(text)] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable ({error}); evaluate or train that run again") from None
 
 
 def main():

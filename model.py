@@ -65,8 +65,8 @@ class Config:
         raw = _read_json(path, "put a Hugging Face model folder there")
 
         def need(key):
-            if raw.get(key) is None:
-                raise CheckpointError(f"{path}: no {key}: is it a Llama or Mistral config.json?")
+            if not isinstance(raw.get(key), (int, float)) or raw[key] <= 0:
+                raise CheckpointError(f"{path}: {key} is {raw.get(key)!r}, not a positive number; copy it from the model's own config.json")
             return raw[key]
 
         def refuse(what):
@@ -377,14 +377,15 @@ def load_weights(model, path):
     for name in params.keys() - where.keys():
         raise CheckpointError(f"{path}: no tensor {name} in its safetensors files: the checkpoint is incomplete, copy it again")
     for name in where.keys() - params.keys() - unused:
-        raise CheckpointError(f"{where[name]}: tensor {name} does not belong to the model that {path / 'config.json'} describes")
+        raise CheckpointError(f"{where[name]}: tensor {name} is not in the model that config.json describes; copy both from one checkpoint")
     for name, param in params.items():
         with _open_shard(where[name]) as shard:
             tensor = shard.get_slice(name)
             if tensor.get_dtype() not in FLOAT_TYPES:
-                raise CheckpointError(f"{where[name]}: tensor {name} is {tensor.get_dtype()}: quantized weights are not implemented")
+                raise CheckpointError(f"{where[name]}: tensor {name} is {tensor.get_dtype()}; only bf16, fp16 and fp32 weights are read")
             if tuple(tensor.get_shape()) != tuple(param.shape):
-                raise CheckpointError(f"{where[name]}: tensor {name} has shape {tensor.get_shape()}, config.json asks for {list(param.shape)}")
+                shapes = f"{tensor.get_shape()}, config.json asks for {list(param.shape)}"
+                raise CheckpointError(f"{where[name]}: tensor {name} has shape {shapes}; copy both from one checkpoint")
             first, last = local_rows(param)
             rows = tensor[first:last]
             if not torch.isfinite(rows).all():

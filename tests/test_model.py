@@ -149,7 +149,8 @@ def test_what_other_releases_leave_in_a_folder_is_harmless(tmp_path):
     """Files outside the index and tensors that can be computed (RoPE's frequencies, a tied head) change nothing."""
     shutil.copytree(GOLDEN / "llama32", tmp_path, dirs_exist_ok=True)
     (tmp_path / "consolidated.safetensors").write_bytes(b"another format")
-    in_file(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": t["model.embed_tokens.weight"].clone()}))(tmp_path)
+    in_file(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(tmp_path)
+    in_file(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))(tmp_path)
     model, again = load("llama32"), load_model(tmp_path, torch.float32)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
@@ -209,6 +210,7 @@ DAMAGE = {  # what happened: (to which model, how, what the message names)
     "config not text": ("llama2", lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), ["config.json"]),
     "config a list": ("llama2", lambda folder: (folder / "config.json").write_text("[]"), ["config.json"]),
     "no hidden size": ("llama2", in_json("config.json", lambda config: config.pop("hidden_size")), ["config.json", "hidden_size"]),
+    "text for a number": ("llama2", in_config(vocab_size="128"), ["config.json", "vocab_size", "'128'"]),
     "other architecture": ("llama2", in_config(model_type="qwen2"), ["config.json", "qwen2"]),
     "unknown RoPE": ("llama3", in_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["config.json", "yarn"]),
     "old RoPE": ("llama2", in_config(rope_scaling={"type": "linear", "factor": 2.0}), ["config.json", "linear"]),

@@ -94,7 +94,8 @@ def make_smollm2(gguf, folder, text):
     converted = load(folder)
     for key, value in reference.state_dict().items():
         assert torch.equal(value, converted.state_dict()[key]), f"{folder}: {key} is not what transformers reads from {gguf}"
-    print(f"smollm2: transformers' logits from the GGUF file and from the folder differ by {(logits - logits_of(converted, ids)[POSITIONS]).abs().max():.1e}")
+    difference = (logits - logits_of(converted, ids)[POSITIONS]).abs().max()
+    print(f"smollm2: transformers' logits from the GGUF file and from the folder differ by {difference:.1e}")
     vocabulary = torch.arange(0, logits.shape[1], 97)
     tensors = {"text": ids.int(), "positions": torch.tensor(POSITIONS), "vocabulary": vocabulary, "text_logits": logits[:, vocabulary].contiguous()}
     save_file(tensors, GOLDEN / "smollm2.safetensors")
