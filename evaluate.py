@@ -10,6 +10,7 @@ Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -26,8 +27,6 @@ BATCH = 128  # prompts that generate together
 
 def setup_device():
     """(device, rank, number of ranks): this process's own GPU or the CPU, with a process group under torchrun or without."""
-    import os
-
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     backend = "gloo" if device.type == "cpu" else "nccl"
@@ -38,6 +37,13 @@ def setup_device():
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, dist.get_rank(), world
+
+
+def fail(error):
+    """End with status 2 and one line; of many ranks, one on each machine prints it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def predict(model, tokenizer, examples, progress=False):
@@ -110,7 +116,7 @@ def evaluate(path, model, tokenizer, sets, rank=0):
             write_file(Path(path) / f"predictions.{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if rank == 0:
         old = Path(path) / "eval.json"
-        before = json.loads(old.read_bytes()) if old.exists() else {}
+        before = _read_rows(old)[0] if old.exists() else {}
         write_file(old, json.dumps(before | results, indent=2) + "\n")
     return results
 
@@ -134,9 +140,9 @@ def tables(folder):
     for file in sorted(folder.rglob("run.json")):
         lineage, run = read_lineage(file.parent), file.parent
         start = run.parents[len(lineage) - 2] if len(lineage) > 1 else run  # stages lie one inside the other
+        names = tuple(Path(entry["data"]).stem for entry in lineage)
         if len(lineage) < 2 or not (run / "eval.json").exists() or not (start / "eval.json").exists():
             continue
-        names = tuple(Path(entry["data"]).stem for entry in lineage)
         before, after = ({name: row["accuracy"] for name, row in _read_rows(f / "eval.json")[0].items()} for f in (start, run))
         checks = [(row["step"], row["accuracy"]) for row in _read_rows(run / "metrics.jsonl") if row.get("data") == names[0]]
         key = (names, mix_label(lineage), tuple(entry["steps"] for entry in lineage))
@@ -226,5 +232,4 @@ if __name__ == "__main__":
     try:
         main()
     except (CheckpointError, DataError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)

@@ -36,16 +36,17 @@ demo() {
     precision="--precision fp32" evaluation="--precision fp32"
   fi
   local a="--stage 1 --model $smollm2 --data kvr --num-examples 48 --batch-size 16 --lr 2e-4"
-  local b="--stage 2 --data bios --num-examples 32 --batch-size 16 --lr 1e-4 --epochs 16 --eval-every 8"
+  local b="--stage 2 --data bios --num-examples 32 --batch-size 16 --lr 1e-4 --epochs 12"
   local runs=runs/demo
-  run $runs/kvr $a --epochs 16
-  run $runs/kvr+random $a --epochs 16 --mix random --mix-words 4
-  run $runs/kvr-longer $a --epochs 48  # the control: as many steps as with the mix, but no mix
-  run $runs/kvr/bios --model $runs/kvr $b
-  run $runs/kvr/bios+pydoc --model $runs/kvr $b --mix pydoc --mix-words 4
-  run $runs/kvr+random/bios --model $runs/kvr+random $b
-  run $runs/kvr+random/bios+pydoc --model $runs/kvr+random $b --mix pydoc --mix-words 4
-  run $runs/kvr-longer/bios --model $runs/kvr-longer $b
+  run $runs/kvr $a --epochs 12
+  run $runs/kvr+random $a --epochs 12 --mix random --mix-words 4
+  run $runs/kvr-longer $a --epochs 36  # the control: as many steps as with the mix, but no mix
+  # a check of what is left at each quarter of stage 2
+  run $runs/kvr/bios --model $runs/kvr $b --eval-every 6
+  run $runs/kvr/bios+pydoc --model $runs/kvr $b --eval-every 18 --mix pydoc --mix-words 4
+  run $runs/kvr+random/bios --model $runs/kvr+random $b --eval-every 6
+  run $runs/kvr+random/bios+pydoc --model $runs/kvr+random $b --eval-every 18 --mix pydoc --mix-words 4
+  run $runs/kvr-longer/bios --model $runs/kvr-longer $b --eval-every 6
   $python evaluate.py --tables $runs
 }
 

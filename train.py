@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import (DEFAULT_WORDS, SETS, DataError, copy_tokenizer, encode_example, epoch_order, load_examples, load_tokenizer,
                   micro_batches, write_file)  # fmt: skip
-from evaluate import is_correct, predict, read_lineage, setup_device, stage_facts
+from evaluate import fail, is_correct, predict, read_lineage, setup_device, stage_facts
 from model import CheckpointError, Config, build_model, load_weights, save_model, weights_dtype
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -82,17 +82,17 @@ def parse_args():
 
 
 def gather_examples(args, lineage):
-    """(all examples of the stage, its entries for run.json): the set's own, then ratio x as many of D_M, then replayed facts."""
+    """(all examples of the stage, what run.json says of them): the set's own, then ratio x as many of D_M, then replayed facts."""
     own, sha256 = load_examples(args.data, args.num_examples, args.data_dir)
-    entry = {"data_sha256": sha256, "num_mix": 0, "num_replay": 0}
+    counts = {"data_sha256": sha256, "mix_sha256": None}
     mix, replayed = [], []
     if args.mix != "none":
-        mix, entry["mix_sha256"] = load_examples(args.mix, round(args.mix_ratio * len(own)), args.data_dir, args.mix_words)
+        mix, counts["mix_sha256"] = load_examples(args.mix, round(args.mix_ratio * len(own)), args.data_dir, args.mix_words)
     for earlier in lineage if args.replay else []:
         facts = stage_facts(earlier, args.data_dir)
         replayed += random.Random(f"replay {args.seed}").sample(facts, round(args.replay * len(facts)))
-    entry |= {"num_mix": len(mix), "num_replay": len(replayed)}
-    return own + mix + replayed, entry
+    counts |= {"num_mix": len(mix), "num_replay": len(replayed)}
+    return own + mix + replayed, counts
 
 
 def build_sharded(args, config, device):
@@ -110,6 +110,14 @@ def build_sharded(args, config, device):
     model.to_empty(device=device)
     load_weights(model, args.model)
     return model
+
+
+def batches(n, batch_size, epochs, seed):
+    """(epoch, indices) of each step: every example once an epoch, the last batch as small as it comes."""
+    for epoch in range(epochs):
+        order = epoch_order(n, seed, epoch)
+        for start in range(0, n, batch_size):
+            yield epoch, order[start : start + batch_size]
 
 
 def collate(examples, device):
@@ -144,29 +152,33 @@ def check_retention(model, tokenizer, facts):
     return accuracies
 
 
+def keep_freed_memory():
+    """Have glibc keep what is freed between steps: from the kernel it would come back zeroed, which is a tenth of a CPU step."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its largest value
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def main():
     args = parse_args()
-    device, rank, world = setup_device()
-    if device.type == "cpu":
-        # Keep freed memory between steps: glibc would return it to the kernel and get it back zeroed, a tenth of a step.
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its largest value
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    say = print if rank == 0 else lambda *_: None
-
-    # The stage: where it starts, what it learns.
-    config = Config.from_folder(args.model)
-    lineage = read_lineage(args.model)
+    config, lineage = Config.from_folder(args.model), read_lineage(args.model)
     if args.stage != len(lineage) + 1:
         raise DataError(f"{args.model}: has {len(lineage)} stages behind it, so the next is --stage {len(lineage) + 1}")
     out = Path(args.out)
     if (out / "run.json").exists():
         raise DataError(f"{out}: holds a finished run; give another --out, or remove it")
+
+    device, rank, world = setup_device()
+    if device.type == "cpu":
+        keep_freed_memory()
+    say = print if rank == 0 else lambda *_: None
+
+    # What the stage learns.
     tokenizer = load_tokenizer(args.model)
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(f"{args.model}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; copy both from one model")
-    examples, entry = gather_examples(args, lineage)
+    examples, counts = gather_examples(args, lineage)
     encoded = [encode_example(tokenizer, example, args.max_length) for example in examples]
     n_supervised = [sum(label != -100 for label in labels) for _, labels in encoded]
     cut = [i for i, n in enumerate(n_supervised) if n == 0]
@@ -180,58 +192,52 @@ def main():
     lr = args.lr or LEARNING_RATES[config.model_type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     micro_tokens = args.micro_tokens or (8192 if device.type == "cuda" else 1024)
-    steps_per_epoch = -(-len(examples) // args.batch_size)
-    total = args.epochs * steps_per_epoch
-    say(f"stage {args.stage}: {args.num_examples} x {args.data}, {entry['num_mix']} x {args.mix}, {entry['num_replay']} replayed; "
+    total = args.epochs * -(-len(examples) // args.batch_size)
+    say(f"stage {args.stage}: {args.num_examples} x {args.data}, {counts['num_mix']} x {args.mix}, {counts['num_replay']} replayed; "
         f"{sum(len(ids) for ids, _ in encoded)} tokens an epoch, at most {total} steps, lr {lr}, {world} x {device.type} -> {out}")  # fmt: skip
 
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "metrics.jsonl", "w", buffering=1) if rank == 0 else None
     bar = tqdm(total=total, desc=f"stage {args.stage}", unit="step", disable=rank > 0)
-    step, hits, stopped_by = 0, 0, "epochs"
-    for epoch in range(args.epochs):
-        order = epoch_order(len(examples), args.seed, epoch)
-        for start in range(0, len(order), args.batch_size):
-            began = time.perf_counter()
-            batch = order[start : start + args.batch_size]
-            n_tokens = sum(n_supervised[i] for i in batch)
-            groups = micro_batches({i: len(encoded[i][0]) for i in batch}, micro_tokens, world)
-            loss_sum = torch.zeros((), device=device)
-            for k in range(0, len(groups), world):
-                ids, labels = collate([encoded[i] for i in groups[k + rank]], device)
-                model.set_requires_gradient_sync(k + world == len(groups))
-                loss, _ = model(ids, labels=labels)
-                # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
-                (loss * world / n_tokens).backward()
-                loss_sum += loss.detach()
-            dist.all_reduce(loss_sum)
-            loss = loss_sum.item() / n_tokens
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                names = ", ".join(examples[i]["id"] for i in batch)
-                sys.exit(f"train.py: step {step + 1}: loss {loss}, gradient norm {grad_norm}; nothing was updated. The batch was: {names}")
-            step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, lr)
-            optimizer.step()
-            optimizer.zero_grad()
+    hits, stopped_by = 0, "epochs"
+    for step, (epoch, batch) in enumerate(batches(len(examples), args.batch_size, args.epochs, args.seed), 1):
+        began = time.perf_counter()
+        n_tokens = sum(n_supervised[i] for i in batch)
+        groups = micro_batches({i: len(encoded[i][0]) for i in batch}, micro_tokens, world)
+        loss_sum = torch.zeros((), device=device)
+        for k in range(0, len(groups), world):
+            ids, labels = collate([encoded[i] for i in groups[k + rank]], device)
+            model.set_requires_gradient_sync(k + world == len(groups))
+            micro_sum, _ = model(ids, labels=labels)
+            # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
+            (micro_sum * world / n_tokens).backward()
+            loss_sum += micro_sum.detach()
+        dist.all_reduce(loss_sum)
+        loss = loss_sum.item() / n_tokens
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            # Every rank has the same two numbers, so all of them stop here.
+            names = ", ".join(examples[i]["id"] for i in batch)
+            sys.exit(f"train.py: step {step}: loss {loss}, gradient norm {grad_norm}; nothing was updated. The batch was: {names}" if rank == 0 else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, lr)
+        optimizer.step()
+        optimizer.zero_grad()
 
-            tokens, seconds = sum(len(encoded[i][0]) for i in batch), time.perf_counter() - began
-            if rank == 0:
-                row = {"step": step, "epoch": epoch, "loss": loss, "lr": group["lr"], "grad_norm": grad_norm, "tokens": tokens, "seconds": round(seconds, 4)}
-                log.write(json.dumps(row) + "\n")
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.5f}, lr {group['lr']:.2e}, {tokens / seconds:.0f} tokens/s")
-            if earlier and args.eval_every and step % args.eval_every == 0:
-                for name, accuracy in check_retention(model, tokenizer, earlier).items():
-                    if rank == 0:
-                        log.write(json.dumps({"step": step, "data": name, "accuracy": accuracy}) + "\n")
-                        bar.write(f"step {step}: {name} {accuracy:.1f}%")
-            hits = hits + 1 if loss < args.stop_loss else 0
-            if hits == STOP_HITS:
-                stopped_by = "loss"
-                break
-        if stopped_by == "loss":
+        tokens, seconds = sum(len(encoded[i][0]) for i in batch), time.perf_counter() - began
+        if rank == 0:
+            row = {"step": step, "epoch": epoch, "loss": loss, "lr": group["lr"], "grad_norm": grad_norm, "tokens": tokens, "seconds": round(seconds, 4)}
+            log.write(json.dumps(row) + "\n")
+        bar.update()
+        bar.set_postfix_str(f"loss {loss:.5f}, lr {group['lr']:.2e}, {tokens / seconds:.0f} tokens/s")
+        if earlier and args.eval_every and step % args.eval_every == 0:
+            for name, accuracy in check_retention(model, tokenizer, earlier).items():
+                if rank == 0:
+                    log.write(json.dumps({"step": step, "data": name, "accuracy": accuracy}) + "\n")
+                    bar.write(f"step {step}: {name} {accuracy:.1f}%")
+        hits = hits + 1 if loss < args.stop_loss else 0
+        if hits == STOP_HITS:
+            stopped_by = "loss"
             break
     bar.close()
 
@@ -240,10 +246,10 @@ def main():
     if rank == 0:
         log.close()
         copy_tokenizer(args.model, out)
-        entry |= {"stage": args.stage, "data": args.data, "num_examples": args.num_examples, "mix": args.mix, "mix_ratio": args.mix_ratio,
-                  "mix_words": args.mix_words, "replay": args.replay, "seed": args.seed, "lr": lr, "batch_size": args.batch_size,
-                  "epochs": args.epochs, "steps": step, "final_loss": loss, "stopped_by": stopped_by, "precision": args.precision,
-                  "base_model": lineage[0]["base_model"] if lineage else args.model}  # fmt: skip
+        entry = {"stage": args.stage, "data": args.data, "num_examples": args.num_examples, "mix": args.mix, "mix_ratio": args.mix_ratio,
+                 "mix_words": args.mix_words, "replay": args.replay, "seed": args.seed, "lr": lr, "batch_size": args.batch_size,
+                 "epochs": args.epochs, "steps": step, "final_loss": loss, "stopped_by": stopped_by, "precision": args.precision,
+                 "base_model": lineage[0]["base_model"] if lineage else args.model} | counts  # fmt: skip
         write_file(out / "run.json", json.dumps(lineage + [entry], indent=2) + "\n")
     say(f"{out}: {step} steps, loss {loss:.2e}, stopped by {stopped_by}")
     # Gloo can abort at exit while sharded tensors are alive.
@@ -257,7 +263,4 @@ if __name__ == "__main__":
     try:
         main()
     except (CheckpointError, DataError) as error:
-        if dist.is_initialized() and dist.get_rank() > 0:
-            sys.exit(2)
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
