@@ -372,8 +372,9 @@ def load_weights(model, path):
     path = Path(path)
     params = dict(model.named_parameters())
     where = _tensor_files(path)
-    # Old Llama files carry the RoPE frequencies, and some tied models the head once more: both can be computed.
-    unused = {n for n in where if n.endswith("rotary_emb.inv_freq") or (n == "lm_head.weight" and model.config.tie_word_embeddings)}
+    # Old Llama files carry the RoPE frequencies, and some tied models the embedding once more as their head.
+    tied_head = "lm_head.weight" if model.config.tie_word_embeddings and "lm_head.weight" in where else None
+    unused = {name for name in where if name.endswith("rotary_emb.inv_freq") or name == tied_head}
     for name in params.keys() - where.keys():
         raise CheckpointError(f"{path}: no tensor {name} in its safetensors files: the checkpoint is incomplete, copy it again")
     for name in where.keys() - params.keys() - unused:
@@ -391,6 +392,10 @@ def load_weights(model, path):
             if not torch.isfinite(rows).all():
                 raise CheckpointError(f"{where[name]}: tensor {name} holds NaN or infinity: the file is damaged, copy it again")
             (param.to_local() if isinstance(param, DTensor) else param).copy_(rows)
+            if tied_head and name == "model.embed_tokens.weight":
+                with _open_shard(where[tied_head]) as shard:
+                    if not torch.equal(shard.get_slice(tied_head)[first:last], rows):
+                        raise CheckpointError(f"{where[tied_head]}: {tied_head} is not the embedding, though config.json ties them; set tie_word_embeddings to false")
 
 
 def weights_dtype(path):

@@ -36,8 +36,11 @@ WARMUP = 0.05  # share of all steps
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Train one stage.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description="Train one stage.")
+
+    def add(name, default=None, help="", **options):
+        parser.add_argument(name, default=default, help=help if default is None else f"{help} (default: {default})", **options)
+
     # what to learn
     add("--stage", type=int, required=True, help="1 starts from a base model, later ones from the previous stage's checkpoint")
     add("--data", help="set or .jsonl file to learn; at stage 1 kvr unless told otherwise")
@@ -57,7 +60,7 @@ def parse_args():
     add("--epochs", type=int, default=20, help="most passes over the data")
     add("--stop-loss", type=float, help=f"end after {STOP_HITS} consecutive steps below this loss, 0 never (default: 1e-4, kvr 0)")
     add("--max-length", type=int, default=2048, help="tokens after which an example is cut")
-    add("--micro-tokens", type=int, help="most tokens of a micro-batch, padding included (default: 8192 on a GPU, 1024 on a CPU)")
+    add("--micro-tokens", type=int, help="most tokens of a micro-batch, padding included (default: 8192 on a GPU, 1536 on a CPU)")
     add("--precision", choices=["bf16-mixed", "bf16", "fp32"], default="bf16-mixed", help="bf16-mixed keeps fp32 master weights")
     add("--eval-every", type=int, default=100, help="steps between retention checks on the earlier stages' facts, 0 for none")
     add("--eval-facts", type=int, default=256, help="facts of each stage asked in a retention check")
@@ -68,6 +71,8 @@ def parse_args():
             raise DataError(f"--{name.replace('_', '-')} must be at least 1")
     if min(args.mix_ratio, args.replay, args.eval_every) < 0:
         raise DataError("--mix-ratio, --replay and --eval-every cannot be negative")
+    if args.replay > 1:
+        raise DataError("--replay is a share of the earlier facts, at most 1")
     if args.stage > 1 and not (args.model and args.data):
         raise DataError("after stage 1, --model names the previous stage's checkpoint and --data the set to learn")
     args.data = args.data or "kvr"
@@ -191,7 +196,7 @@ def main():
     model = build_sharded(args, config, device)
     lr = args.lr or LEARNING_RATES[config.model_type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    micro_tokens = args.micro_tokens or (8192 if device.type == "cuda" else 1024)
+    micro_tokens = args.micro_tokens or (8192 if device.type == "cuda" else 1536)
     total = args.epochs * -(-len(examples) // args.batch_size)
     say(f"stage {args.stage}: {args.num_examples} x {args.data}, {counts['num_mix']} x {args.mix}, {counts['num_replay']} replayed; "
         f"{sum(len(ids) for ids, _ in encoded)} tokens an epoch, at most {total} steps, lr {lr}, {world} x {device.type} -> {out}")  # fmt: skip

@@ -194,6 +194,7 @@ DAMAGE = {  # what happened: (to which model, how, what the message names)
     "NaN": ("llama2", in_file(lambda t: t[NORM].__setitem__(3, float("nan"))), ["model.safetensors", NORM, "NaN"]),
     "infinity": ("llama2", in_file(lambda t: t[NORM].__setitem__(3, float("inf"))), ["model.safetensors", NORM]),
     "int8 tensor": ("llama2", in_file(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})), ["model.safetensors", NORM, "I8"]),
+    "tied to another head": ("llama32", in_file(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})), ["lm_head.weight", "tie"]),
     "no weights": ("llama2", lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
     "missing shard": ("llama3", lambda folder: (folder / SHARD).unlink(), [SHARD]),
     "truncated shard": ("llama3", lambda folder: os.truncate(folder / SHARD, 20_000), [SHARD]),
