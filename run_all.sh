@@ -2,6 +2,7 @@
 # The experiment's grid as plain loops.
 #
 #   bash run_all.sh --demo          the embedded default: memorize, interfere, measure, on any machine
+#   bash run_all.sh --demo 0 1 2    the same with these seeds
 #   bash run_all.sh --demo-model    only fetch and convert the demo's model
 #
 # What is finished is not done again: after an interruption, give the same command once more.
@@ -35,23 +36,25 @@ demo() {
   if ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null && ! command -v nvidia-smi > /dev/null; then
     precision="--precision fp32" evaluation="--precision fp32"
   fi
-  local a="--stage 1 --model $smollm2 --data kvr --num-examples 48 --batch-size 16 --lr 2e-4"
-  local b="--stage 2 --data bios --num-examples 32 --batch-size 16 --lr 1e-4 --epochs 12"
-  local runs=runs/demo
-  run $runs/kvr $a --epochs 12
-  run $runs/kvr+random $a --epochs 12 --mix random --mix-words 4
-  run $runs/kvr-longer $a --epochs 36  # the control: as many steps as with the mix, but no mix
-  # a check of what is left at each quarter of stage 2
-  run $runs/kvr/bios --model $runs/kvr $b --eval-every 6
-  run $runs/kvr/bios+pydoc --model $runs/kvr $b --eval-every 18 --mix pydoc --mix-words 4
-  run $runs/kvr+random/bios --model $runs/kvr+random $b --eval-every 6
-  run $runs/kvr+random/bios+pydoc --model $runs/kvr+random $b --eval-every 18 --mix pydoc --mix-words 4
-  run $runs/kvr-longer/bios --model $runs/kvr-longer $b --eval-every 6
-  $python evaluate.py --tables $runs
+  for seed in "${@:-0}"; do
+    local a="--stage 1 --model $smollm2 --data kvr --num-examples 48 --batch-size 24 --lr 3e-4 --seed $seed"
+    local b="--stage 2 --data bios --num-examples 32 --batch-size 32 --lr 1.5e-4 --epochs 16 --seed $seed"
+    local runs=runs/demo/seed$seed
+    run $runs/kvr $a --epochs 16
+    run $runs/kvr+random $a --epochs 16 --mix random --mix-words 4
+    run $runs/kvr-longer $a --epochs 48  # the control: as many steps as with the mix, but no mix
+    # a check of what is left at each quarter of stage 2
+    run $runs/kvr/bios --model $runs/kvr $b --eval-every 4
+    run $runs/kvr+random/bios --model $runs/kvr+random $b --eval-every 4
+    run $runs/kvr-longer/bios --model $runs/kvr-longer $b --eval-every 4
+    run $runs/kvr/bios+pydoc --model $runs/kvr $b --eval-every 12 --mix pydoc --mix-words 4
+    run $runs/kvr+random/bios+pydoc --model $runs/kvr+random $b --eval-every 12 --mix pydoc --mix-words 4
+  done
+  $python evaluate.py --tables runs/demo
 }
 
 case "${1-}" in
-  --demo) demo ;;
+  --demo) demo "${@:2}" ;;
   --demo-model) demo_model ;;
-  *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
