@@ -440,14 +440,19 @@ def flat_file(name, data="data", words=DEFAULT_WORDS):
 
 
 def load_examples(name, n, data="data", words=DEFAULT_WORDS):
-    """(the first n examples of a set, sha256 of their lines). A set that can be generated is built when it is missing or short."""
+    """(the first n examples of a set, sha256 of their lines).
+
+    A set that is missing is built, and one of ours that is too short built longer, with the seed that its manifest names.
+    """
     path = flat_file(name, data, words)
+    manifest = path.with_suffix(".json")
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if len(lines) < n and name in SETS:
-        build(name, data, max(n, SETS[name].size), words=words)
+    if len(lines) < n and name in SETS and path.exists() == manifest.exists():
+        seed = json.loads(manifest.read_bytes())["seed"] if manifest.exists() else 0
+        build(name, data, max(n, SETS[name].size), seed, words)
         lines = path.read_bytes().splitlines(keepends=True)
     if not path.exists():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
     if len(lines) < n:
         raise DataError(f"{path}: holds {len(lines)} examples, {n} are asked for; lower --num-examples, --mix-ratio or --mix-words")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines[:n], 1)]

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import DataError, SETS, encode_example, load_examples, load_tokenizer, read_file, write_file
+from data import DataError, SETS, encode_example, load_examples, load_tokenizer, write_file
 from model import CheckpointError, load_model
 
 BATCH = 128  # prompts that generate together
@@ -62,7 +62,7 @@ def predict(model, tokenizer, examples, progress=False):
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine = by_length[rank::world]
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
-    new_ids = torch.full((len(prompts), max_new_tokens), 0, device=model.model.embed_tokens.weight.device)
+    new_ids = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device)
     for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
         rows = mine[start : start + BATCH]
         for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, tokenizer.eos_id)):
@@ -77,17 +77,21 @@ def is_correct(prediction, response):
     return prediction.strip().lower() == response.strip().lower()
 
 
+def read_rows(path):
+    """The value in a JSON file, or the list of those in a JSON-lines file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable ({error}); train or evaluate that run again") from None
+
+
 def read_lineage(path):
     """The stages of a checkpoint, as its run.json lists them; none for a base model."""
     file = Path(path) / "run.json"
-    if not file.exists():
-        return []
-    content = read_file(file, "check its permissions")
-    try:
-        lineage = json.loads(content)
-        lineage[0]["data"], lineage[0]["data_sha256"]
-    except (ValueError, LookupError, TypeError):
-        raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again") from None
+    lineage = read_rows(file) if file.exists() else []
+    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and {"data", "data_sha256"} <= entry.keys() for entry in lineage):
+        raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again")
     return lineage
 
 
@@ -116,7 +120,7 @@ def evaluate(path, model, tokenizer, sets, rank=0):
             write_file(Path(path) / f"predictions.{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if rank == 0:
         old = Path(path) / "eval.json"
-        before = _read_rows(old)[0] if old.exists() else {}
+        before = read_rows(old) if old.exists() else {}
         write_file(old, json.dumps(before | results, indent=2) + "\n")
     return results
 
@@ -143,8 +147,8 @@ def tables(folder):
         names = tuple(Path(entry["data"]).stem for entry in lineage)
         if len(lineage) < 2 or not (run / "eval.json").exists() or not (start / "eval.json").exists():
             continue
-        before, after = ({name: row["accuracy"] for name, row in _read_rows(f / "eval.json")[0].items()} for f in (start, run))
-        checks = [(row["step"], row["accuracy"]) for row in _read_rows(run / "metrics.jsonl") if row.get("data") == names[0]]
+        before, after = ({name: row["accuracy"] for name, row in read_rows(f / "eval.json").items()} for f in (start, run))
+        checks = [(row["step"], row["accuracy"]) for row in read_rows(run / "metrics.jsonl") if row.get("data") == names[0]]
         key = (names, mix_label(lineage), tuple(entry["steps"] for entry in lineage))
         chains.setdefault(key, []).append({"before": before[names[0]], "after": after, "checks": [(0, before[names[0]]), *checks]})
     if not chains:
@@ -186,15 +190,6 @@ def _draw_retention(chains, path):
     axes.set(xlabel="% of the last stage's steps", ylabel="exact match on the first stage's facts, %", ylim=(-3, 103))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
-
-
-def _read_rows(path):
-    """The objects in a JSON or JSON-lines file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return [json.loads(text)] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable ({error}); evaluate or train that run again") from None
 
 
 def main():

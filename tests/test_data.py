@@ -74,6 +74,8 @@ def test_a_set_grows_without_changing(tmp_path):
     assert digest == hashlib.sha256((tmp_path / "kvr.jsonl").read_bytes()).hexdigest()
     assert len(load_examples("kvr", 2500, tmp_path)[0]) == 2500
     assert load_examples("kvr", 2000, tmp_path) == (examples, digest)
+    other = build("bios", tmp_path, 20, seed=1).read_bytes()
+    assert len(load_examples("bios", 30, tmp_path)[0]) == 30 and (tmp_path / "bios.jsonl").read_bytes().startswith(other)
 
 
 def test_command_line(tmp_path):
