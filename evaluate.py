@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -40,8 +41,10 @@ def setup_device():
 
 
 def fail(error):
-    """End with status 2 and one line; of many ranks, one on each machine prints it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """End with status 2 and one line; of many ranks, one on each machine prints it, and the others let it do so first."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    else:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     sys.exit(2)
 
