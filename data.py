@@ -11,7 +11,6 @@ the same bytes, and a longer file begins with the lines of a shorter one, so a s
 
 import argparse
 import base64
-import contextlib
 import functools
 import hashlib
 import io
@@ -21,6 +20,7 @@ import random
 import shutil
 import string
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -28,6 +28,11 @@ from typing import Callable
 
 class DataError(ValueError):
     """Data or settings that cannot be used as they are; the message is one line that says what is wrong and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise DataError(f"{message}; --help lists the options")
 
 
 def read_file(path, remedy):
@@ -74,7 +79,7 @@ class BPETokenizer:
         self._missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
 
-    def encode(self, text, after_control=False):
+    def encode(self, text, continues=False):
         """Ids of a plain text, as the reference tokenizer gives them without special tokens."""
         text = _without_surrogates(text)
         known = lambda piece: piece.encode("utf-8").translate(None, self._missing)
@@ -104,10 +109,10 @@ class SentencePieceTokenizer:
         if self._sp.id_to_piece(self._newline)[-1:] != ["<0x0A>"] or min(self.bos_id, self.eos_id) < 0:
             raise DataError(f"{path}: not a Llama or Mistral tokenizer (no byte tokens, bos or eos); use the model's own file")
 
-    def encode(self, text, after_control=False):
+    def encode(self, text, continues=False):
         """Ids of a plain text; SentencePiece begins it with a space, unless it follows a control token or other text."""
         text = _without_surrogates(text)
-        if not after_control:
+        if not continues:
             return self._sp.encode(text)
         # A line break is a byte token, which merges with nothing: what stands behind it is encoded as if inside a text.
         return self._sp.encode("\n" + text)[len(self._newline) :]
@@ -235,14 +240,14 @@ def _merge(token, order):
     return parts
 
 
-def _read_json(path):
-    content = read_file(path, "copy the model's tokenizer files there")
+def _read_json(path, remedy="copy the model's tokenizer files there"):
+    content = read_file(path, remedy)
     try:
         value = json.loads(content)
     except ValueError:
-        raise DataError(f"{path}: not valid JSON; copy it again") from None
+        raise DataError(f"{path}: not valid JSON; {remedy}") from None
     if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object; copy it again")
+        raise DataError(f"{path}: not a JSON object; {remedy}")
     return value
 
 
@@ -269,8 +274,8 @@ def encode_example(tokenizer, example, max_length=2048):
     """
     ids, labels = [tokenizer.bos_id], [-100]
     for prompt, response in turns(example):
-        asked = tokenizer.encode(f"<|user|>\n{prompt}\n<|assistant|>\n", after_control=len(ids) > 1)
-        answer = tokenizer.encode(response, after_control=True) + [tokenizer.eos_id]
+        asked = tokenizer.encode(f"<|user|>\n{prompt}\n<|assistant|>\n", continues=len(ids) > 1)
+        answer = tokenizer.encode(response, continues=True) + [tokenizer.eos_id]
         ids += asked + answer
         labels += [-100] * len(asked) + answer
     return ids[:max_length], labels[:max_length]
@@ -355,7 +360,7 @@ def word_list(raw):
     for attempt in ("installed", "downloaded"):
         try:
             return sorted(set(nltk.corpus.words.words("en"))), "NLTK words corpus"
-        except LookupError:
+        except (LookupError, zipfile.BadZipFile):
             if attempt == "installed":
                 _download_nltk_words(folder)
     from english_words import get_english_words_set
@@ -372,8 +377,7 @@ def _download_nltk_words(folder):
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # a machine behind a firewall must not wait for minutes
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # NLTK prints its failure
-            nltk.download("words", download_dir=folder, quiet=True)
+        nltk.download("words", download_dir=folder, quiet=True, print_error_to=io.StringIO())  # word_list says what it took instead
     finally:
         socket.setdefaulttimeout(before)
 
@@ -446,15 +450,15 @@ def load_examples(name, n, data="data", words=DEFAULT_WORDS):
     """
     path = flat_file(name, data, words)
     manifest = path.with_suffix(".json")
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = read_file(path, "check it").splitlines(keepends=True) if path.exists() else []
     if len(lines) < n and name in SETS and path.exists() == manifest.exists():
-        seed = json.loads(manifest.read_bytes())["seed"] if manifest.exists() else 0
+        seed = _read_json(manifest, "remove it and its .jsonl").get("seed", 0) if manifest.exists() else 0
         build(name, data, max(n, SETS[name].size), seed, words)
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = read_file(path, "check it").splitlines(keepends=True)
     if not path.exists():
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
     if len(lines) < n:
-        raise DataError(f"{path}: holds {len(lines)} examples, {n} are asked for; lower --num-examples, --mix-ratio or --mix-words")
+        raise DataError(f"{path}: holds {len(lines)} examples, {n} are asked for; ask for fewer (for a mix, a lower ratio or shorter passages)")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines[:n], 1)]
     return examples, hashlib.sha256(b"".join(lines[:n])).hexdigest()
 
@@ -516,7 +520,7 @@ def micro_batches(lengths, budget, world):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Build data sets as flat files.", epilog="Sets: " + ", ".join(SETS))
+    parser = Parser(description="Build data sets as flat files.", epilog="Sets: " + ", ".join(SETS))
     parser.add_argument("names", nargs="*", metavar="NAME", help="sets to build, or all")
     parser.add_argument("--out", default="data", help="folder for flat files (default: data)")
     parser.add_argument("--raw", default="raw", help="folder for published files and downloads (default: raw)")

@@ -8,7 +8,6 @@
 Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import DataError, SETS, encode_example, load_examples, load_tokenizer, write_file
+from data import SETS, DataError, Parser, encode_example, load_examples, load_tokenizer, write_file
 from model import CheckpointError, load_model
 
 BATCH = 128  # prompts that generate together
@@ -41,11 +40,10 @@ def setup_device():
 
 
 def fail(error):
-    """End with status 2 and one line; of many ranks, one on each machine prints it, and the others let it do so first."""
+    """End with status 2 and one line. torchrun ends all ranks with the first, so the others wait: what all of them found is said once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
-    else:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -89,11 +87,16 @@ def read_rows(path):
         raise DataError(f"{path}: not readable ({error}); train or evaluate that run again") from None
 
 
+LINEAGE_FIELDS = {"stage", "data", "num_examples", "mix", "steps", "seed", "data_sha256", "base_model"}
+
+
 def read_lineage(path):
     """The stages of a checkpoint, as its run.json lists them; none for a base model."""
     file = Path(path) / "run.json"
+    if not file.exists() and file.with_name("metrics.jsonl").exists():
+        raise DataError(f"{path}: an unfinished run, without run.json; train it again")
     lineage = read_rows(file) if file.exists() else []
-    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and {"data", "data_sha256"} <= entry.keys() for entry in lineage):
+    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and LINEAGE_FIELDS <= entry.keys() for entry in lineage):
         raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again")
     return lineage
 
@@ -134,26 +137,36 @@ def evaluate(path, model, tokenizer, sets, rank=0):
 def mix_label(lineage):
     """The paper's label for a run: "Random / K-Pile" names the mix of each stage, "-" is none."""
     mixes = ["-" if entry["mix"] == "none" else Path(entry["mix"]).stem for entry in lineage]
-    return "No Mixing" if set(mixes) == {"-"} else " / ".join(mixes)
+    label = "No Mixing" if set(mixes) == {"-"} else " / ".join(mixes)
+    return label + "".join(f", replay {entry['replay']}" for entry in lineage if entry.get("replay"))
+
+
+OUTCOMES = {"seed", "steps", "final_loss", "stopped_by", "data_sha256", "mix_sha256"}  # what may differ within one row of a table
 
 
 def tables(folder):
     """Markdown of every evaluated chain of stages below folder, mean and standard deviation over seeds; kept as TABLES.md.
 
-    Beside it retention.png shows, chain by chain, what was left of the first stage's facts while the last stage trained.
+    Beside it retention.png shows, chain by chain, what was left of the first stage's facts while the last stage trained
+    (the checks ask the first --eval-facts of them).
     """
     folder = Path(folder)
-    chains = {}  # (the stages' sets, mix label, the stages' steps) -> runs over seeds
-    for file in sorted(folder.rglob("run.json")):
-        lineage, run = read_lineage(file.parent), file.parent
-        start = run.parents[len(lineage) - 2] if len(lineage) > 1 else run  # stages lie one inside the other
-        names = tuple(Path(entry["data"]).stem for entry in lineage)
-        if len(lineage) < 2 or not (run / "eval.json").exists() or not (start / "eval.json").exists():
+    found = {json.dumps(lineage): (lineage, file.parent) for file in sorted(folder.rglob("run.json")) if (lineage := read_lineage(file.parent))}
+    chains = {}  # every setting but the seed -> runs
+    for lineage, run in found.values():
+        _, start = found.get(json.dumps(lineage[:1]), (None, None))
+        if len(lineage) < 2 or not start:
             continue
-        before, after = ({name: row["accuracy"] for name, row in read_rows(f / "eval.json").items()} for f in (start, run))
+        names = [Path(entry["data"]).stem for entry in lineage]
+        before, after = (_accuracies(f, {name: entry["num_examples"] for name, entry in zip(names, lineage)}) for f in (start, run))
+        if names[0] not in before or names[0] not in after:
+            print(f"{run}: left out, its first stage's facts were not asked of it and of {start}; run evaluate.py on both", file=sys.stderr)
+            continue
         checks = [(row["step"], row["accuracy"]) for row in read_rows(run / "metrics.jsonl") if row.get("data") == names[0]]
-        key = (names, mix_label(lineage), tuple(entry["steps"] for entry in lineage))
-        chains.setdefault(key, []).append({"before": before[names[0]], "after": after, "checks": [(0, before[names[0]]), *checks]})
+        settings = json.dumps([{key: value for key, value in entry.items() if key not in OUTCOMES} for entry in lineage])
+        chains.setdefault(settings, []).append(
+            {"lineage": lineage, "before": before[names[0]], "after": after, "checks": [(0, before[names[0]]), *checks]}
+        )
     if not chains:
         raise DataError(f"{folder}: no evaluated runs of two stages; train them and run evaluate.py on each first")
 
@@ -162,21 +175,32 @@ def tables(folder):
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
-    lines = []
-    for stages in sorted({key[0] for key in chains}):
-        first, last = stages[0], stages[-1]
-        lines += [f"{', then '.join(stages)}: exact match in %", ""]
-        lines += [f"| mix at stage 1 / 2 | steps | {first} after stage 1 | {first} at the end | {last} at the end | runs |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-        for (names, label, steps), runs in chains.items():
-            if names == stages:
-                row = [cell([run["before"] for run in runs])] + [cell([run["after"].get(name) for run in runs]) for name in (first, last)]
-                lines.append(f"| {label} | {' + '.join(map(str, steps))} | {' | '.join(row)} | {len(runs)} |")
-        lines.append("")
-    text = "\n".join(lines)
+    lines, heading = [], None
+    for runs in sorted(chains.values(), key=lambda runs: [(e["base_model"], e["data"]) for e in runs[0]["lineage"]]):
+        lineage = runs[0]["lineage"]
+        names = [Path(entry["data"]).stem for entry in lineage]
+        above = f"{Path(lineage[0]['base_model']).name}, {', then '.join(names)}: exact match in %"
+        if above != heading:
+            heading = above
+            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | {names[0]} after stage 1 | {names[0]} at the end | {names[-1]} at the end | runs |"]
+            lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+        row = [cell([run["before"] for run in runs])] + [cell([run["after"].get(name) for run in runs]) for name in (names[0], names[-1])]
+        lines.append(f"| {mix_label(lineage)} | {_steps(runs)} | {' | '.join(row)} | {len(runs)} |")
+    text = "\n".join(lines[1:]) + "\n"
     write_file(folder / "TABLES.md", text)
     _draw_retention(chains, folder / "retention.png")
     return text
+
+
+def _accuracies(folder, sizes):
+    """{name: accuracy} of the sets that were asked whole; sizes says how many examples that is."""
+    rows = read_rows(folder / "eval.json") if (folder / "eval.json").exists() else {}
+    return {name: row["accuracy"] for name, row in rows.items() if row["total"] == sizes.get(name)}
+
+
+def _steps(runs):
+    """Steps of each stage, the mean over seeds."""
+    return " + ".join(str(round(statistics.mean(steps))) for steps in zip(*[[entry["steps"] for entry in run["lineage"]] for run in runs]))
 
 
 def _draw_retention(chains, path):
@@ -186,17 +210,18 @@ def _draw_retention(chains, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for (names, label, steps), runs in chains.items():
-        for i, run in enumerate(runs):
-            (line,) = axes.plot(*zip(*[(100 * step / steps[-1], accuracy) for step, accuracy in run["checks"]]), marker=".",
-                                color=line.get_color() if i else None, label=f"{label} ({' + '.join(map(str, steps))} steps)" if not i else None)  # fmt: skip
+    for color, runs in enumerate(chains.values()):
+        label = f"{mix_label(runs[0]['lineage'])} ({_steps(runs)} steps)"
+        for run in runs:
+            shares = [(100 * step / run["lineage"][-1]["steps"], accuracy) for step, accuracy in run["checks"]]
+            axes.plot(*zip(*shares), marker=".", color=f"C{color}", label=label if run is runs[0] else None)
     axes.set(xlabel="% of the last stage's steps", ylabel="exact match on the first stage's facts, %", ylim=(-3, 103))
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Exact match of a checkpoint on the facts of its stages.")
+    parser = Parser(description="Exact match of a checkpoint on the facts of its stages.")
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="folder of a model or of a finished stage")
     parser.add_argument("--data", nargs="+", metavar="NAME", help="sets or .jsonl files to ask instead of those of its stages")
     parser.add_argument("--num-examples", type=int, default=2000, help="with --data: how many of each (default: 2000)")
@@ -208,13 +233,22 @@ def main():
         return print(tables(args.tables))
     if not args.checkpoint:
         raise DataError("name a checkpoint folder, or give --tables RUNS")
+    if args.num_examples < 1:
+        raise DataError("--num-examples must be at least 1")
     if args.data:
+        if len({Path(name).stem for name in args.data}) < len(args.data):
+            raise DataError("--data: two sets of one name would share a predictions file; rename one")
         sets = {Path(name).stem: load_examples(name, args.num_examples, args.data_dir)[0] for name in args.data}
     else:
         lineage = read_lineage(args.checkpoint)
         if not lineage:
             raise DataError(f"{args.checkpoint}: no run.json, so no stages to ask about; name sets with --data")
         sets = {Path(entry["data"]).stem: facts for entry in lineage if (facts := stage_facts(entry, args.data_dir))}
+        if not sets:
+            raise DataError(f"{args.checkpoint}: no stage of it learned facts; name sets with --data")
+    for name, examples in sets.items():
+        if any("messages" in example for example in examples):
+            raise DataError(f"{name}: holds chats, which have no single right answer; name sets of facts")
     tokenizer = load_tokenizer(args.checkpoint)
     device, rank, _ = setup_device()
     model = load_model(args.checkpoint, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)

@@ -64,10 +64,11 @@ class Config:
         path = Path(folder) / "config.json"
         raw = _read_json(path, "put a Hugging Face model folder there")
 
-        def need(key):
-            if not isinstance(raw.get(key), (int, float)) or raw[key] <= 0:
-                raise CheckpointError(f"{path}: {key} is {raw.get(key)!r}, not a positive number; copy it from the model's own config.json")
-            return raw[key]
+        def need(key, fields=raw, default=None):
+            value = default if fields.get(key) is None else fields[key]
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise CheckpointError(f"{path}: {key} is {value!r}, not a positive number; copy it from the model's own config.json")
+            return value
 
         def refuse(what):
             raise CheckpointError(f"{path}: {what} is not implemented; use a plain Llama or Mistral checkpoint")
@@ -82,17 +83,18 @@ class Config:
 
         # rope_theta stands at the top (transformers 4) or inside rope_parameters (transformers 5).
         rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
-        rope |= raw.get("rope_scaling") or {}
-        rope |= raw.get("rope_parameters") or {}
+        for key in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(key) or {}, dict):
+                refuse(f"{key} {raw[key]!r}")
+            rope |= raw.get(key) or {}
         rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
         if rope["rope_type"] not in ("default", "llama3"):
             refuse(f"rope_type {rope['rope_type']!r}")
         if rope.get("partial_rotary_factor", 1.0) != 1.0 or raw.get("partial_rotary_factor", 1.0) != 1.0:
             refuse("partial_rotary_factor")
-        if rope["rope_type"] == "llama3":
-            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-                if key not in rope:
-                    raise CheckpointError(f"{path}: rope_type llama3 without {key}: copy it from the model's own config.json")
+        stretch = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        for key in ["rope_theta"] + stretch * (rope["rope_type"] == "llama3"):
+            need(key, rope)
 
         n_heads = need("num_attention_heads")
         config = cls(
@@ -102,8 +104,8 @@ class Config:
             intermediate_size=need("intermediate_size"),
             num_hidden_layers=need("num_hidden_layers"),
             num_attention_heads=n_heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or n_heads,
-            head_dim=raw.get("head_dim") or need("hidden_size") // n_heads,
+            num_key_value_heads=need("num_key_value_heads", default=n_heads),
+            head_dim=need("head_dim", default=need("hidden_size") // n_heads),
             rms_norm_eps=need("rms_norm_eps"),
             rope=rope,
             sliding_window=raw.get("sliding_window", 4096) if raw["model_type"] == "mistral" else None,
@@ -497,6 +499,7 @@ def save_model(model, path, dtype=None):
         if len(files) > 1:
             size = sum(param.numel() for param in params.values()) * dtype.itemsize
             weight_map = {name: file for file, names in zip(files, shards) for name in names}
+            (path / "model.safetensors").unlink(missing_ok=True)  # saved here before in one file
             _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
         else:
             (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards saved here before
@@ -603,7 +606,8 @@ def convert_gguf(source, out):
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python model.py MODEL.gguf OUT")
+        print("model.py: usage: python model.py MODEL.gguf OUT", file=sys.stderr)
+        sys.exit(2)
     try:
         convert_gguf(*sys.argv[1:])
     except CheckpointError as error:

