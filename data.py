@@ -426,11 +426,11 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw"):
     examples, manifest = row.build(n, seed, words, raw)
     examples = [{"id": f"{name}-{i}"} | example for i, example in enumerate(examples[:n])]
     path = flat_file(name, out, words)
-    write_file(path, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
     manifest = {"name": name, "seed": seed, "kept": len(examples), "dropped": {}} | manifest
     if row.kind == "mixing":
         manifest["words"] = words
     write_file(path.with_suffix(".json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_file(path, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
     return path
 
 
@@ -451,7 +451,7 @@ def load_examples(name, n, data="data", words=DEFAULT_WORDS):
     path = flat_file(name, data, words)
     manifest = path.with_suffix(".json")
     lines = read_file(path, "check it").splitlines(keepends=True) if path.exists() else []
-    if len(lines) < n and name in SETS and path.exists() == manifest.exists():
+    if len(lines) < n and name in SETS and (manifest.exists() or not path.exists()):
         seed = _read_json(manifest, "remove it and its .jsonl").get("seed", 0) if manifest.exists() else 0
         build(name, data, max(n, SETS[name].size), seed, words)
         lines = read_file(path, "check it").splitlines(keepends=True)

@@ -194,10 +194,12 @@ def main():
     for turn in (True, False):
         if turn == first:
             examples, counts = gather_examples(args, lineage)
+            earlier = {Path(e["data"]).stem: facts[: args.eval_facts] for e in lineage if (facts := stage_facts(e, args.data_dir))}
         dist.barrier()
-    digest = torch.tensor([int(hashlib.sha256(str(counts).encode()).hexdigest()[:12], 16)] * 2, device=device) * torch.tensor([1, -1], device=device)
-    dist.all_reduce(digest, dist.ReduceOp.MAX)
-    if digest.sum() != 0:
+    digest = int(hashlib.sha256(str(counts).encode()).hexdigest()[:12], 16)
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes.sum() != 0:
         raise DataError(f"{args.data_dir}: the ranks read different data; copy one machine's folder to all others")
     encoded = [encode_example(tokenizer, example, args.max_length) for example in examples]
     n_supervised = [sum(label != -100 for label in labels) for _, labels in encoded]
@@ -209,7 +211,6 @@ def main():
     if not examples:
         raise DataError(f"no example has an answer within --max-length {args.max_length}; raise it")
     counts["num_cut"] = len(cut)
-    earlier = {Path(e["data"]).stem: facts[: args.eval_facts] for e in lineage if (facts := stage_facts(e, args.data_dir))}
 
     model = build_sharded(args, config, device)
     lr = args.lr or LEARNING_RATES[config.model_type]

@@ -162,6 +162,10 @@ def test_loss_that_is_not_finite(work, ranks):
     (["--stage", 1, "--model", "models/tiny", "--data", "facts.jsonl", "--num-examples", 2], "facts.jsonl:2"),
     (["--stage", 1, "--model", "models/tiny", "--mix", "pydoc", "--num-examples", 2000], "pydoc"),
     (["--stage", 1, "--model", "models/tiny", "--batch-size", 0], "--batch-size"),
+    (["--stage", 1, "--model", "models/tiny", "--lr", 0], "--lr"),
+    (["--stage", 1, "--model", "models/tiny", "--precision", "fp8"], "--precision"),
+    (["--stage", 1, "--model", "models/tiny", "--out", "models/tiny"], "--out"),
+    (["--stage", 1, "--model", "models/tiny", "--num-examples", 3, "--max-length", 5], "--max-length"),
 ])  # fmt: skip
 def test_bad_input(work, args, message):
     """Bad input ends with status 2 and one line that names what is wrong."""
