@@ -174,7 +174,7 @@ def test_refuses_missing_and_damaged_files(llama3_folder, mistral_folder, smollm
     with pytest.raises(DataError, match=f"{config}: bos_token '<s>' is not in tokenizer.json"):
         load_tokenizer(tmp_path)
     spec.write_bytes(spec.read_bytes()[:-100])
-    with pytest.raises(DataError, match=f"{spec}: not valid JSON; copy it again"):
+    with pytest.raises(DataError, match=f"{spec}: not valid JSON; copy the model's tokenizer files there"):
         load_tokenizer(tmp_path)
 
 
