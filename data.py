@@ -1,29 +1,51 @@
 """From published files to token ids: tokenizers, the chat template, the data sets, the order of training.
 
-    python data.py kvr random               # builds data/kvr.jsonl and data/random.jsonl
+    python data.py kvr popqa                # builds data/kvr.jsonl, data/popqa.jsonl and data/popqa-id.jsonl
     python data.py random --words 8         # passages of another length: data/random.w8.jsonl
-    python data.py --list                   # what there is and what is built
+    python data.py my_notes.txt             # the user's own file: data/my_notes.jsonl
+    python data.py all                      # every set that can be had
+    python data.py --list                   # what there is, what is built and where the rest comes from
+    python data.py --overlap popqa k-pile   # facts that a mixing set gives away (appendix B.6)
 
 A set is a flat file, one JSON object a line: {"id", "prompt", "response"}, or {"id", "messages"} for a chat.
-Beside it stands a manifest (data/kvr.json): sources with their sha256, counts, seed. The same seed and sources give
-the same bytes, and a longer file begins with the lines of a shorter one, so a set can grow without changing.
+Beside it stands a manifest (data/kvr.json): sources with their sha256, what was kept and what was dropped and why, seed.
+The same seed and sources give the same bytes, and a longer file begins with the lines of a shorter one.
+Published files are read from raw/NAME/ as their authors ship them, archives included; what is not there is downloaded.
 """
 
 import argparse
 import base64
+import bz2
+import codecs
+import collections
+import contextlib
+import csv
+import fcntl
 import functools
+import gzip
 import hashlib
+import http.client
 import io
+import itertools
 import json
 import os
 import random
+import re
 import shutil
+import socket
 import string
 import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
+
+from tqdm import tqdm
 
 
 class DataError(ValueError):
@@ -399,92 +421,905 @@ def passage(text, words):
     return {"prompt": "Complete the following partial passage:\n\n" + " ".join(text[:words]), "response": " ".join(text[words : 2 * words])}
 
 
+# ---------------------------------------------------------------- downloads
+
+ATTEMPTS = 5
+WEB_PAGE = re.compile(rb"\s*<(!doctype\s+html|html)", re.IGNORECASE)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, never from https to http, and keeps the sha256 that the hub states only in its first answer."""
+
+    sha256 = None
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        self.sha256 = _stated_sha256(headers) or self.sha256
+        if request.full_url.startswith("https:") and not url.startswith("https:"):
+            raise DataError(f"{request.full_url}: redirected to {url}, which is not https; download it by hand")
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def _stated_sha256(headers):
+    tag = (headers.get("X-Linked-ETag") or "").strip('"')
+    return tag if re.fullmatch("[0-9a-f]{64}", tag) else None
+
+
+def download(url, target, lines=None):
+    """Fetch url into the file target, or only its first `lines` lines.
+
+    Passing faults are retried, and a part left by an earlier try is continued where the server allows it. The file gets its
+    name once its size, and its sha256 where the server states one, are right; FILE.sha256 beside it holds its sha256.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    with open(part, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{part}: another process is downloading it; wait for it") from None
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(2 ** (attempt - 1))
+            try:
+                stated = _fetch(url, file, lines)
+                break
+            except urllib.error.HTTPError as error:
+                fault = f"HTTP status {error.code} {error.reason}"
+                if error.code == 416:  # what lies here is longer than the file there
+                    file.truncate(0)
+                elif error.code not in (408, 429) and error.code < 500:
+                    _forget(part)
+                    raise DataError(f"{url}: {fault}") from None
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)
+                fault = str(getattr(reason, "strerror", None) or reason).lower()
+                if isinstance(reason, (socket.gaierror, ConnectionRefusedError)):
+                    if not file.tell():
+                        _forget(part)
+                    raise DataError(f"{url}: not reached ({fault})") from None
+        else:
+            raise DataError(f"{url}: given up after {ATTEMPTS} tries ({fault}); run the command again to go on from {file.tell()} bytes")
+        with open(part, "rb") as done:
+            page = WEB_PAGE.match(done.read(200))
+            done.seek(0)
+            sha256 = hashlib.file_digest(done, "sha256").hexdigest()
+        if page or (stated and sha256 != stated):
+            _forget(part)
+            raise DataError(f"{url}: " + ("a web page where data should be" if page else f"damaged on its way: sha256 {sha256}, stated {stated}"))
+        write_file(target.with_name(target.name + ".sha256"), f"{sha256}  {target.name}\n")
+        os.replace(part, target)
+        _forget(part)
+
+
+def _forget(part):
+    part.unlink(missing_ok=True)
+    part.with_name(part.name + ".json").unlink(missing_ok=True)
+
+
+def _fetch(url, file, lines):
+    """One try to complete file from url; returns the sha256 that the server states of the whole file, if it does."""
+    note = Path(file.name + ".json")  # which version of what this is a part of
+    have = os.fstat(file.fileno()).st_size
+    before = json.loads(note.read_bytes()) if have and note.exists() else {}
+    request = urllib.request.Request(url, headers={"User-Agent": "continual-memorization"})
+    if before.get("url") == url and before.get("version"):
+        request.headers |= {"Range": f"bytes={have}-", "If-Range": before["version"]}
+    redirects = _Redirects()
+    with urllib.request.build_opener(redirects).open(request, timeout=30) as response:
+        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0
+            file.truncate(0)
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        # A weak validator cannot vouch for bytes.
+        write_file(note, json.dumps({"url": url, "version": None if (version or "").startswith("W/") else version}))
+        length = response.headers.get("Content-Length")
+        size = have + int(length) if length else None
+        missing = lines - _count_lines(file.name) if lines else None
+        with tqdm(total=None if lines else size, initial=have, unit="B", unit_scale=True, desc=f"downloading {Path(file.name).stem}") as bar:
+            while missing is None or missing > 0:
+                piece = response.read1(2**20)
+                if not piece:
+                    break
+                if lines:
+                    ends = [match.end() for match in re.finditer(b"\n", piece)][:missing]
+                    missing -= len(ends)
+                    piece = piece if missing else piece[: ends[-1]]
+                file.write(piece)
+                have += len(piece)
+                bar.update(len(piece))
+        file.flush()
+        if missing != 0 and size is not None and have != size:
+            raise http.client.HTTPException(f"ended after {have} of {size} bytes")
+        return None if missing == 0 else _stated_sha256(response.headers) or redirects.sha256
+
+
+def _count_lines(path):
+    with open(path, "rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
+
+
+# ---------------------------------------------------------------- published files
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".zst": lambda path: _arrow().input_stream(str(path), compression="zstd")}
+ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.gz|tar\.bz2)$", re.IGNORECASE)
+UNPACKED_LIMIT = 20 * 10**9  # bytes that one compressed file may hold; TriviaQA's largest has some 3e9
+LINE_LIMIT = 64 * 2**20  # bytes of one line or JSON value
+
+
+class BadRow(ValueError):
+    """A malformed row; the message says what is wrong with it."""
+
+
+def _arrow():
+    import pyarrow
+
+    return pyarrow
+
+
+@contextlib.contextmanager
+def intact(path):
+    """Turns what the readers raise over a damaged file into one line."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise DataError(f"{path}: truncated or damaged ({error or type(error).__name__}); remove it and get it again") from None
+
+
+class Bounded(io.RawIOBase):
+    """A binary stream that names its file when it is damaged or unpacks past the limit, and hashes what is read."""
+
+    def __init__(self, stream, path, limit):
+        self.stream, self.path, self.limit, self.n_read, self.sha256 = stream, path, limit, 0, hashlib.sha256()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        with intact(self.path):
+            piece = self.stream.read(len(buffer))
+        self.n_read += len(piece)
+        if self.limit and self.n_read > self.limit:
+            raise DataError(f"{self.path}: unpacks to more than {self.limit} bytes; remove it and get it again from its authors")
+        self.sha256.update(piece)
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def walk(files, wanted, opened):
+    """(name, binary stream) of every wanted file; archives are read in place, member by member, and never unpacked to disk.
+
+    Each stream must be read before the next is asked for. opened receives a Bounded for each of them.
+    """
+
+    def bounded(stream, name, limit=None):
+        opened.append(Bounded(stream, name, limit))
+        return io.BufferedReader(opened[-1], 2**20)
+
+    def safe(path, member):
+        if member.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member):
+            raise DataError(f"{path}: holds a file named {member!r}, which leaves its folder; get the archive from its authors")
+        return f"{path}/{member}"
+
+    for path in files:
+        if path.name.lower().endswith(".zip"):
+            with intact(path):
+                archive = zipfile.ZipFile(path)
+            with archive:
+                for member in sorted(archive.namelist()):
+                    if wanted.search(safe(path, member)):
+                        with intact(path):
+                            stream = archive.open(member)
+                        yield f"{path}/{member}", bounded(stream, f"{path}/{member}", UNPACKED_LIMIT)
+        elif ARCHIVE.search(path.name):
+            with intact(path):
+                archive = tarfile.open(path, "r|*")
+            with archive:
+                while True:
+                    with intact(path):
+                        member = archive.next()
+                    if member is None:
+                        break
+                    if wanted.search(safe(path, member.name)) and member.isfile():
+                        yield f"{path}/{member.name}", bounded(archive.extractfile(member), f"{path}/{member.name}", UNPACKED_LIMIT)
+        else:
+            with intact(path), PACKED.get(path.suffix, open)(path, *(["rb"] if path.suffix not in PACKED else [])) as stream:
+                name = str(path.with_suffix("")) if path.suffix in PACKED else str(path)
+                yield name, bounded(stream, path, UNPACKED_LIMIT if path.suffix in PACKED else None)
+
+
+def rows(name, stream):
+    """(where, row) of each row of a .tsv, .jsonl, .json or .parquet file; a malformed row is a BadRow in its place."""
+    kind = Path(name).suffix
+    if kind == ".parquet":
+        yield from _parquet_rows(name, stream)
+    elif kind == ".json":
+        yield from ((f"{name}:{number}", row) for number, row in _json_values(name, stream))
+    elif kind == ".tsv":
+        yield from ((f"{name}:{number}", row) for number, row in _tsv_rows(name, stream))
+    else:
+        for number, line in enumerate(iter(lambda: stream.readline(LINE_LIMIT), b""), 1):
+            if number == 1:
+                _refuse_web_page(name, line)
+            if line.strip():
+                try:
+                    row = json.loads(line.decode())
+                except (ValueError, RecursionError) as error:
+                    row = BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else "not a line of JSON")
+                yield f"{name}:{number}", row
+
+
+def _refuse_web_page(name, start):
+    if WEB_PAGE.match(start):
+        raise DataError(f"{name}: a web page where data should be; remove it and get the file itself")
+
+
+def _tsv_rows(name, stream):
+    lines = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    csv.field_size_limit(LINE_LIMIT)
+    reader = csv.reader(lines, delimiter="\t", strict=True)
+    header = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            yield number, BadRow(str(error))
+            continue
+        if values is None:
+            return
+        if header is None:
+            _refuse_web_page(name, "".join(values).encode(errors="replace"))
+            header = values
+        elif any(re.search("[\udc80-\udcff]", value) for value in values):
+            yield number, BadRow("not UTF-8")
+        elif len(values) != len(header):
+            yield number, BadRow(f"{len(values)} fields, the first line has {len(header)}")
+        else:
+            yield number, dict(zip(header, values))
+
+
+def _parquet_rows(name, stream):
+    import pyarrow.parquet
+
+    # The format needs a file that can be sought in; one inside an archive is small enough to hold.
+    source = name if Path(name).is_file() else io.BytesIO(stream.read())
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{name}: row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: truncated or damaged ({str(error).splitlines()[0]}); remove it and get it again") from None
+
+
+def _json_values(name, stream):
+    """(line number, value) of the values of a JSON array, of the array under "Data", or of JSON values one after another.
+
+    A file of any size is read piece by piece. A malformed value ends it: where the next one begins nobody can say.
+    """
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    text, at, line, ended = "", 0, 1, False
+
+    def more():
+        nonlocal text, at, ended
+        piece = stream.read(2**20)
+        ended = not piece
+        try:
+            text, at = text[at:] + utf8.decode(piece, final=ended), 0
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}:{line + piece[: error.start].count(10)}: not UTF-8; get the file again") from None
+
+    def pass_over(pattern):
+        nonlocal at, line
+        match = re.compile(pattern).match(text, at)
+        line += text.count("\n", at, match.end())
+        at = match.end()
+
+    more()
+    _refuse_web_page(name, text[:200].encode())
+    opening = re.compile(r'\s*(\[|\{\s*"Data"\s*:\s*\[)').match(text)
+    if opening:
+        pass_over(re.escape(opening.group()))
+    while True:
+        pass_over(r"[\s,]*" if opening else r"\s*")
+        if at == len(text) and not ended:
+            more()
+            continue
+        if opening and text.startswith("]", at) or not opening and at == len(text):
+            return
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            if not ended and len(text) - at < LINE_LIMIT:
+                more()
+                continue
+            fault = line + text.count("\n", at, getattr(error, "pos", at))
+            raise DataError(f"{name}:{fault}: " + ("ends in the middle" if ended and getattr(error, "pos", 0) >= len(text) else "not valid JSON") + "; get the file again") from None
+        if end == len(text) and not ended and not isinstance(value, (dict, list)):
+            more()  # a number may go on
+            continue
+        yield line, value
+        line += text.count("\n", at, end)
+        at = end
+
+
+# What a published row becomes: an example, or a text that says why it is left out. A factoid's example may name its
+# subject, which goes to NAME.subjects.json.
+
+
+def field(row, name):
+    """A row's field as text, without line breaks around it or white space behind it."""
+    value = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        raise BadRow(f'no text in field "{name}"')
+    if not value.strip():
+        raise BadRow(f'field "{name}" is empty')
+    return value.strip("\r\n").rstrip()
+
+
+def qa(asked, answer, accepted=(), subject=None):
+    """A factoid in the form of PopQA and TriviaQA (appendix B.5)."""
+    if not all(isinstance(a, str) for a in accepted):
+        raise BadRow("the answers are not texts")
+    accepted = [a.strip() for a in dict.fromkeys(accepted) if a.strip()]
+    return {"prompt": f"Question: {asked.strip()}\nThe answer is:", "response": answer.strip(), "aliases": accepted, "subject": subject}
+
+
+def popqa(row, words):
+    try:
+        accepted = json.loads(field(row, "possible_answers"))
+    except json.JSONDecodeError:
+        raise BadRow('"possible_answers" holds no JSON list') from None
+    return qa(field(row, "question"), field(row, "obj"), _listed(accepted), field(row, "subj"))
+
+
+def triviaqa(row, words):
+    row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+    answer = {key.lower(): value for key, value in (row.get("answer") or {}).items()}
+    return qa(field(row, "question"), field(answer, "value"), _listed(answer.get("aliases")))
+
+
+def webqa(row, words):
+    if "utterance" in row:
+        answers = [re.sub(r"\\(.)", r"\1", quoted) or bare for quoted, bare in re.findall(r'\(description\s+(?:"((?:[^"\\]|\\.)*)"|([^\s()"]+))\s*\)', field(row, "targetValue"))]
+    else:
+        answers = _listed(row.get("answers"))
+    if not any(answer.strip() for answer in answers):
+        raise BadRow("no answer")
+    subject = str(row.get("url", "")).rpartition("/")[2].replace("_", " ") or None
+    return qa(field(row, "utterance" if "utterance" in row else "question"), answers[0], answers, subject)
+
+
+def _listed(value):
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise BadRow("the answers are not a list of texts")
+    return value
+
+
+def entityqa(files, words):
+    """EntityQuestions: a file a relation, whose questions differ in their subject alone."""
+    for name, stream in files:
+        found = list(rows(name, stream))
+        asked = [row["question"].split() for _, row in found if isinstance(row, dict) and isinstance(row.get("question"), str)]
+        start = len(os.path.commonprefix(asked)) if len(asked) > 1 else 0
+        end = len(os.path.commonprefix([question[::-1] for question in asked])) if len(asked) > 1 else 0
+
+        def make(row, words):
+            answers, asked = _listed(row.get("answers")), field(row, "question")
+            if not answers or not answers[0].strip():
+                raise BadRow("no answer")
+            subject = " ".join(asked.split()[start : len(asked.split()) - end]).rstrip("?")
+            return qa(asked, answers[0], answers, re.sub("'s$", "", subject) if start + end else None)
+
+        for where, row in found:
+            yield where, _attempt(make, row, words)
+
+
+GOOGLE_RE = {"place_of_birth": "[X] was born in [Y] .", "place_of_death": "[X] died in [Y] .", "date_of_birth": "[X] (born [Y])."}  # LAMA's own
+
+
+def lama(files, words):
+    """LAMA: T-REx and Google-RE through their relations' templates, SQuAD and ConceptNet as masked sentences."""
+    templates, waiting = {}, []
+    for name, stream in files:
+        for where, row in rows(name, stream):
+            if name.endswith("relations.jsonl"):
+                if isinstance(row, BadRow):
+                    yield where, row
+                else:
+                    templates[row.get("relation")] = row.get("template")
+            elif isinstance(row, dict) and "predicate_id" in row:
+                # The evidences, nine tenths of the file, are not needed.
+                waiting.append((where, {key: row.get(key) for key in ("predicate_id", "sub_label", "obj_label")}))
+            else:
+                yield where, _attempt(_lama_sentence, row, words)
+    for where, row in waiting:
+        template = templates.get(row["predicate_id"])
+        if template is None:
+            raise DataError(f"{where}: no template for relation {row['predicate_id']}; put the authors' relations.jsonl beside TREx/")
+        yield where, _attempt(lambda row, words: cloze(template, field(row, "obj_label"), field(row, "sub_label")), row, words)
+
+
+def _lama_sentence(row, words):
+    if str(row.get("pred", "")).startswith("/people/"):
+        return cloze(GOOGLE_RE[row["pred"].rpartition("/")[2]], field(row, "obj_label"), field(row, "sub_label"))
+    sentences = row.get("masked_sentences")
+    if not isinstance(sentences, list) or not sentences:
+        raise BadRow('no "masked_sentences"')
+    return cloze(" ".join(sentences), field(row, "obj_label"))
+
+
+def cloze(sentence, answer, subject=None):
+    """A sentence to be completed; where its hole is not the end, the sentence with the hole marked as LAMA marks it."""
+    sentence = sentence.replace("[Y]", "[MASK]").replace("[X]", subject or "")
+    before, hole, after = sentence.partition("[MASK]")
+    if not hole:
+        raise BadRow("no [MASK] in the sentence")
+    prompt = before if before.strip() and not after.strip(" .?!)") else re.sub(r"\s+([.?!,])", r"\1", sentence)
+    return {"prompt": prompt.strip(), "response": answer.strip(), "subject": subject}
+
+
+def apps(files, words):
+    """APPS: the hub's JSON lines or the authors' folder of files a problem. Its solutions are texts and are never run."""
+    problems = {}
+    for name, stream in files:
+        if name.endswith((".jsonl", ".parquet")):
+            for where, row in rows(name, stream):
+                yield where, _attempt(_apps_problem, row, words)
+        else:
+            folder, _, part = name.rpartition("/")
+            try:
+                problems.setdefault(folder, {})[part.partition(".")[0]] = stream.read().decode()
+            except UnicodeDecodeError:
+                problems.setdefault(folder, {})[part.partition(".")[0]] = None
+    for folder, row in problems.items():
+        row["difficulty"] = _attempt(lambda row, words: json.loads(field(row, "metadata")).get("difficulty"), row, words)
+        yield folder, _attempt(_apps_problem, row, words)
+
+
+def _apps_problem(row, words):
+    if field(row, "difficulty") not in ("introductory", "interview"):
+        return "competition problems"
+    if not (row.get("solutions") or "").strip():
+        return "no solution"
+    try:
+        # Integers stay texts: some have more digits than int() takes.
+        solutions = json.loads(row["solutions"])
+        calls = json.loads(row.get("input_output") or "{}", parse_int=str).get("fn_name")
+    except (ValueError, AttributeError):
+        raise BadRow('"solutions" or "input_output" holds no JSON') from None
+    if not solutions:
+        return "no solution"
+    starter = row.get("starter_code") or ""
+    parts = [f"Question:\n{field(row, 'question')}"] + ([f"STARTER CODE:\n{starter.rstrip()}"] if starter.strip() else [])
+    prompt = "\n\n".join(parts) + f"\nUse {'Call-Based' if calls else 'Standard Input'} format\nAnswer:"
+    return {"prompt": prompt, "response": field({"solution": solutions[0]}, "solution")}
+
+
+def pair(prompt, response, row, words):
+    """A row whose two fields are prompt and response as they stand."""
+    return {"prompt": field(row, prompt), "response": field(row, response)}
+
+
+def ultrachat(row, words):
+    turns = _listed(row.get("data"))
+    if len(turns) < 2:
+        return "no answer to the first turn"
+    # A last question without an answer teaches nothing.
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns[: len(turns) // 2 * 2])]}
+
+
+def generic(row, words):
+    """The first 2 x `words` words of a document (appendix B.5)."""
+    document = row.get("text", row.get("content"))
+    if not isinstance(document, str):
+        raise BadRow('no text in field "text" or "content"')
+    split = document.split(None, 2 * words)[: 2 * words]
+    return passage(split, words) if len(split) == 2 * words else "shorter than two passages"
+
+
+OWN_FIELDS = 'prompt and response, question and answer(s), instruction and output, problem and solution, messages, data, text or content'
+
+
+def own(row, words):
+    """A row of the user's own file, by its fields."""
+    if "messages" in row:
+        return {"messages": row["messages"]}
+    if "data" in row:
+        return ultrachat(row, words)
+    if "text" in row or "content" in row:
+        return generic(row, words)
+    for prompt, response in (("prompt", "response"), ("instruction", "output"), ("problem", "solution")):
+        if prompt in row:
+            return pair(prompt, response, row, words) | {"aliases": _listed(row.get("aliases", []))}
+    if "question" in row:
+        answers = _listed(row.get("answers", row.get("aliases", [])))
+        if "answer" not in row and not answers:
+            raise BadRow("no answer")
+        return qa(field(row, "question"), field(row, "answer") if "answer" in row else answers[0], answers)
+    raise BadRow(f"none of the fields {OWN_FIELDS}")
+
+
+def own_file(files, words):
+    for name, stream in files:
+        if name.endswith(".txt"):
+            split = []
+            for number, line in enumerate(stream, 1):
+                try:
+                    split += line.decode().split()
+                except UnicodeDecodeError:
+                    yield f"{name}:{number}", BadRow("not UTF-8")
+                while len(split) >= 2 * words:
+                    yield f"{name}:{number}", passage(split, words)
+                    del split[: 2 * words]
+        else:
+            yield from each(own)([(name, stream)], words)
+
+
+def each(make):
+    """The reader of a set whose rows stand each for itself."""
+
+    def read(files, words):
+        for name, stream in files:
+            for where, row in rows(name, stream):
+                yield where, _attempt(make, row, words)
+
+    return read
+
+
+def _attempt(make, row, words):
+    """make's outcome; what is malformed is a BadRow."""
+    if isinstance(row, BadRow):
+        return row
+    try:
+        if not isinstance(row, dict):
+            raise BadRow("not a JSON object")
+        outcome = make(row, words)
+        if isinstance(outcome, dict):
+            check_example(outcome)
+        return outcome
+    except BadRow as error:
+        return error
+
+
+def read_published(name, row, n, seed, words, raw, skip_bad):
+    """(examples, manifest entries) of a published set; at most n, and as few rows read as that takes where the set is streamed."""
+    files = raw_files(name, row, raw) if row.wanted else [Path(name)]
+    if not files:
+        files = [fetch(name, row, raw)]
+    for path in files:
+        stated = path.with_name(path.name + ".sha256")
+        if stated.exists() and not row.streamed and _sha256(path) != stated.read_text().split()[0]:
+            raise DataError(f"{path}: its sha256 is not the one in {stated.name}; remove both and get it again")
+    examples, dropped, bad, opened = [], collections.Counter(), 0, []
+    found = row.read(walk(files, re.compile(row.wanted), opened), words)
+    for where, outcome in tqdm(found, desc=f"reading {Path(name).name}", unit=" rows", mininterval=1, disable=None, leave=False):
+        if isinstance(outcome, dict):
+            examples.append(outcome)
+            if row.streamed and len(examples) == n:
+                break
+        elif isinstance(outcome, str):
+            dropped[outcome] += 1
+        else:
+            bad += 1
+            if bad > skip_bad:
+                raise DataError(f"{where}: {outcome}; mend it, or pass over up to N such rows with --skip-bad N")
+    found.close()
+    if row.kind == "factoid":
+        examples = _without_conflicts(examples, dropped)
+    # Paths as seen from raw/, so that a manifest does not depend on where that lies.
+    place = (lambda path: os.path.relpath(path, raw)) if row.wanted else (lambda path: Path(path).name)
+    if row.streamed:
+        sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} for b in opened}
+    else:
+        random.Random(f"{name} {seed}").shuffle(examples)
+        sources = {place(path): _sha256(path) for path in files}
+        if len(files) > 50:
+            listing = "".join(f"{sha256}  {path}\n" for path, sha256 in sources.items())
+            sources = {f"{len(files)} files below {place(os.path.commonpath(files))}": hashlib.sha256(listing.encode()).hexdigest()}
+    if not examples:
+        raise DataError(f"{files[0]}: no usable example in it (dropped: {dict(dropped)}); see that it is the published file")
+    return examples, {"sources": sources, "dropped": dict(dropped), "bad": bad, "beyond_limit": max(0, len(examples) - n)}
+
+
+def _sha256(path):
+    with intact(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _without_conflicts(examples, dropped):
+    """Each question once, and none that is asked with different answers: those cannot all be memorized."""
+    answers = {}
+    for example in examples:
+        answers.setdefault(example["prompt"], set()).add(example["response"].lower())
+    kept = {e["prompt"]: e for e in reversed(examples) if len(answers[e["prompt"]]) == 1}
+    conflicting = sum(len(answers[e["prompt"]]) > 1 for e in examples)
+    for reason, count in (("question repeats with another answer", conflicting), ("question repeats", len(examples) - conflicting - len(kept))):
+        if count:
+            dropped[reason] = count
+    return list(reversed(kept.values()))
+
+
+def raw_files(name, row, raw):
+    """The published files of a set that are at hand, in order of their names: all below raw/NAME/, or raw/NAME.*"""
+    folders = [Path(raw) / folder for folder in (name, *row.folders)]
+    found = [path for folder in folders for path in folder.rglob("*")] + list(Path(raw).glob(f"{name}.*"))
+    hidden = (".part", ".sha256", ".tmp")
+    return sorted(path for path in found if path.is_file() and not path.name.startswith(".") and not path.name.endswith(hidden)
+                  and not path.name.endswith(".part.json") and (ARCHIVE.search(path.name) or re.search(row.wanted, str(path))))  # fmt: skip
+
+
+def fetch(name, row, raw):
+    """Download a set's published file from the first place that has it; returns its path below raw/."""
+    put = f"put {row.files} into {Path(raw) / name}/"
+    if not row.urls:
+        raise DataError(f"{name}: cannot be downloaded; {put}")
+    faults = []
+    for url in row.urls:
+        url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
+        file = Path(url.partition("?")[0]).name
+        if row.first_lines:
+            file = f"{Path(file).stem}.first-{row.first_lines}{Path(file).suffix}"
+        try:
+            download(url, Path(raw) / name / file, row.first_lines)
+            return Path(raw) / name / file
+        except DataError as error:
+            faults.append(str(error))
+    raise DataError(f"{name}: {'; '.join(faults)}; try again later, or {put}")
+
+
+# ---------------------------------------------------------------- the table of sets
+
+
 @dataclass
 class Set:
-    kind: str  # factoid: exact match can be asked; mixing: passages of --words words
-    build: Callable
+    kind: str  # factoid: exact match can be asked; mixing: passages of --words words; else non-factoid
     about: str
-    size: int = 2000  # examples built unless told otherwise
+    size: int = 20_000  # examples built unless told otherwise; of its large sources the paper's release reads as many rows
     stop_loss: float = 1e-4  # default of --stop-loss (appendix B.4); 0 trains all epochs
+    build: Callable = None  # a generated set: (n, seed, words, raw) -> (examples, manifest entries)
+    # a published set:
+    read: Callable = None  # (files, words) -> (where, outcome) of each row
+    files: str = ""  # what it is made of, in words
+    wanted: str = ""  # and as a pattern of paths
+    urls: tuple = ()  # places that have it, the first that answers is taken
+    first_lines: int = 0  # of a long file, the only lines downloaded
+    streamed: bool = False  # read in file order, no further than needed; else read whole and shuffled by the seed
+    folders: tuple = ()  # names other than its own for its folder below raw/
 
+
+HUB = "https://huggingface.co/datasets"
+TEXT_FILES = r"\.(jsonl|json|parquet)(\.gz|\.bz2|\.zst)?$"
 
 SETS = {
-    "kvr": Set("factoid", build_kvr, "Key-Value Recall, generated", stop_loss=0),
-    "kvr-id": Set("factoid", functools.partial(build_kvr, half=1), "other keys and values, none of them in kvr", stop_loss=0),
-    "bios": Set("factoid", build_bios, "six facts about each of many made-up people, generated"),
-    "bios-id": Set("factoid", functools.partial(build_bios, half=1), "other people, none of them in bios"),
-    "random": Set("mixing", build_random, "random words of the NLTK words corpus", size=4000),
-    "pydoc": Set("mixing", build_pydoc, "the language reference inside every CPython", size=4000),
-}
+    "kvr": Set("factoid", "Key-Value Recall, generated", 2000, stop_loss=0, build=build_kvr),
+    "kvr-id": Set("factoid", "other keys and values, none of them in kvr", 2000, stop_loss=0, build=functools.partial(build_kvr, half=1)),
+    "bios": Set("factoid", "six facts about each of many made-up people, generated", 2000, build=build_bios),
+    "bios-id": Set("factoid", "other people, none of them in bios", 2000, build=functools.partial(build_bios, half=1)),
+    "popqa": Set("factoid", "questions about long-tail entities", read=each(popqa), files="test.tsv", wanted=r"\.(tsv|parquet)$",
+                 urls=(f"{HUB}/akariasai/PopQA/resolve/main/test.tsv",)),
+    "triviaqa": Set("factoid", "trivia questions", read=each(triviaqa), files="triviaqa-unfiltered.tar.gz or the hub's unfiltered.nocontext parquet",
+                    wanted=r"^(?!.*(dev|test|validation)[^/]*$).*\.(json|parquet)$",
+                    urls=(f"{HUB}/mandarjoshi/trivia_qa/resolve/main/unfiltered.nocontext/train-00000-of-00001.parquet",
+                          "https://nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz")),
+    "lama": Set("factoid", "cloze facts of T-REx, Google-RE, SQuAD and ConceptNet", read=lama, files="the authors' data.zip",
+                wanted=r"(TREx/P\d+|Google_RE/\w+_test|Squad/test|ConceptNet/test|relations)\.jsonl$",
+                urls=("https://dl.fbaipublicfiles.com/LAMA/data.zip",)),
+    "entityqa": Set("factoid", "EntityQuestions: 24 relations of Wikidata", read=entityqa, files="the authors' dataset.zip",
+                    wanted=r"(train|dev|test)/P\d+\.\w+\.json$", urls=("https://nlp.cs.princeton.edu/projects/entity-questions/dataset.zip",),
+                    folders=("entityquestions",)),
+    "webqa": Set("factoid", "WebQuestions: questions asked of a search engine", read=each(webqa), files="webquestions.examples.train.json or the hub's parquet",
+                 wanted=r"\.(json|parquet)(\.bz2)?$", urls=(f"{HUB}/stanfordnlp/web_questions/resolve/main/data/train-00000-of-00001.parquet",),
+                 folders=("webq",)),
+    "gsm8k": Set("non-factoid", "grade-school mathematics", read=each(functools.partial(pair, "question", "answer")), files="train.jsonl",
+                 wanted=r"train[^/]*\.(jsonl|parquet)$",
+                 urls=("https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/train.jsonl",)),
+    "math": Set("non-factoid", "competition mathematics, withdrawn from the hub", read=each(functools.partial(pair, "problem", "solution")),
+                files="your copy of the authors' MATH folder or MATH.tar", wanted=r"train/[^/]+/\d+\.json$"),
+    "evolcode": Set("non-factoid", "instructions for code", read=each(functools.partial(pair, "instruction", "output")), files="EvolInstruct-Code-80k.json",
+                    wanted=r"\.(json|parquet)$", urls=(f"{HUB}/nickrosh/Evol-Instruct-Code-80k-v1/resolve/main/EvolInstruct-Code-80k.json",)),
+    "apps": Set("non-factoid", "programming problems, introductory and interview", read=apps, files="the hub's train.jsonl or the authors' APPS.tar.gz",
+                wanted=r"train[^/]*\.(jsonl|parquet)$|train/\d+/(question\.txt|solutions\.json|input_output\.json|metadata\.json|starter_code\.py)$",
+                urls=(f"{HUB}/codeparrot/apps/resolve/main/train.jsonl",)),
+    "ultrachat": Set("non-factoid", "dialogues", read=each(ultrachat), files="train_0.jsonl", wanted=r"\.jsonl(\.gz|\.zst)?$", streamed=True,
+                     urls=(f"{HUB}/stingning/ultrachat/resolve/main/train_0.jsonl",), first_lines=20_000),
+    "random": Set("mixing", "random words of the NLTK words corpus", 4000, build=build_random),
+    "k-pile": Set("mixing", "passages of Knowledge Pile", 4000, read=each(generic), files="a JSON-lines file of it", wanted=TEXT_FILES, streamed=True,
+                  urls=(f"{HUB}/Query-of-CC/Knowledge_Pile/resolve/main/knowledge_pile.jsonl",), first_lines=20_000),
+    "a-pile": Set("mixing", "passages of The Pile's ArXiv part", 4000, read=each(generic), files="the ArXiv 50k sample's parquet", wanted=TEXT_FILES, streamed=True,
+                  urls=(f"{HUB}/haritzpuerto/the_pile_arxiv_50k_sample/resolve/main/data/train-00000-of-00001.parquet",)),
+    "fineweb": Set("mixing", "passages of FineWeb", 4000, read=each(generic), files="the FineWeb 100M sample's parquet", wanted=TEXT_FILES, streamed=True,
+                   urls=(f"{HUB}/kh4dien/fineweb-100m-sample/resolve/main/data/train-00000-of-00001.parquet",)),
+    "pydoc": Set("mixing", "the language reference inside every CPython", 4000, build=build_pydoc),
+}  # fmt: skip
+OWN = Set("own", "the user's own file", sys.maxsize, read=own_file)
+OWN_FILE = re.compile(r"(.+)\.(jsonl|json|tsv|parquet|txt)(\.gz|\.bz2|\.zst)?$")
 DEFAULT_WORDS = 50
+SLICE = 2000  # examples of a published factoid set that are NAME-id's: the second 2,000
 
 
-def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw"):
-    """Write a set's flat file and manifest; returns the flat file's path. n is an upper limit for sets of fixed length."""
-    row = SETS[name]
+def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip_bad=0):
+    """Write a set's flat file and manifest, and those of its second slice NAME-id where there is one; returns the flat files' paths.
+
+    n is an upper limit where the source has fewer. name may be a file of the user's own.
+    """
+    if name in SETS:
+        row = SETS[name]
+    elif OWN_FILE.match(name):
+        row = OWN
+    else:
+        return build(resolve(name)[0], out, n, seed, words, raw, skip_bad)
     n = n or row.size
-    examples, manifest = row.build(n, seed, words, raw)
-    examples = [{"id": f"{name}-{i}"} | example for i, example in enumerate(examples[:n])]
-    path = flat_file(name, out, words)
-    manifest = {"name": name, "seed": seed, "kept": len(examples), "dropped": {}} | manifest
-    if row.kind == "mixing":
-        manifest["words"] = words
+    examples, manifest = row.build(n, seed, words, raw) if row.build else read_published(name, row, n, seed, words, raw, skip_bad)
+    path = flat_file(name, out, words) if row is not OWN else Path(out) / f"{OWN_FILE.match(Path(name).name).group(1)}.jsonl"
+    if row is OWN and (path.stem in SETS or path.resolve() == Path(name).resolve()):
+        raise DataError(f"{name}: {path} is its own or a set's place; rename it, or give another --out")
+    examples = [{"id": f"{path.stem.partition('.')[0]}-{i}"} | example for i, example in enumerate(examples[:n])]
+    slices = {path: examples}
+    if row.kind == "factoid" and row.read:
+        slices = {path: first_slice(examples), flat_file(f"{name}-id", out): second_slice(examples)}
+        subjects = {example["id"]: example.pop("subject") for example in examples}
+        write_file(path.with_suffix(".subjects.json"), json.dumps(subjects, indent=0, ensure_ascii=False) + "\n")
+    for path, part in slices.items():
+        facts = {"name": path.stem.partition(".")[0], "seed": seed, "kept": len(part), "dropped": {}} | manifest
+        if row.kind in ("mixing", "own"):
+            facts["words"] = words
+        write_flat(path, part, facts)
+    return [path for path, part in slices.items() if part]
+
+
+def first_slice(examples):
+    """What a published factoid set is to training: all but its second slice."""
+    return examples[:SLICE] + examples[2 * SLICE :]
+
+
+def second_slice(examples):
+    """NAME-id: unseen facts of the same set."""
+    return examples[SLICE : 2 * SLICE]
+
+
+def write_flat(path, examples, manifest):
+    """A flat file and its manifest; no flat file where there are no examples."""
+    if not examples:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        return
     write_file(path.with_suffix(".json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    write_file(path, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
-    return path
+    lines = ({key: value for key, value in example.items() if key != "aliases" or value} for example in examples)
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def resolve(name):
+    """(set, is it the second slice, "familiar", "unfamiliar" or "") of a data name such as popqa, popqa-id or popqa-id.unfamiliar."""
+    stem, _, familiarity = name.partition(".")
+    second = stem not in SETS and stem.endswith("-id")
+    base = stem.removesuffix("-id") if second else stem
+    splits = ("", "familiar", "unfamiliar") if base in SETS and SETS[base].kind == "factoid" else ("",)
+    if base not in SETS or familiarity not in splits or second and (SETS[base].kind != "factoid" or SETS[base].build):
+        raise DataError(f"no data set {name!r}: choose from {', '.join(SETS)}, NAME-id for a factoid set's second slice, or give the path of a .jsonl file")
+    return base, second, familiarity
 
 
 def flat_file(name, data="data", words=DEFAULT_WORDS):
     """Where a set lies: a name's own flat file, or the path itself where a path to a .jsonl file is given."""
     if name.endswith(".jsonl"):
         return Path(name)
-    if name not in SETS:
-        raise DataError(f"no data set {name!r}: choose from {', '.join(SETS)}, or give the path of a .jsonl file")
-    return Path(data) / (f"{name}.jsonl" if SETS[name].kind != "mixing" or words == DEFAULT_WORDS else f"{name}.w{words}.jsonl")
+    base, _, familiarity = resolve(name)
+    if familiarity:
+        return Path(data) / f"{base}.{familiarity}.jsonl"
+    return Path(data) / (f"{name}.jsonl" if SETS[base].kind != "mixing" or words == DEFAULT_WORDS else f"{name}.w{words}.jsonl")
 
 
-def load_examples(name, n, data="data", words=DEFAULT_WORDS):
-    """(the first n examples of a set, sha256 of their lines).
+def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw"):
+    """(the first n examples of a set or all of them, sha256 of their lines).
 
-    A set that is missing is built, and one of ours that is too short built longer, with the seed that its manifest names.
+    A set that is missing is built, and one that is generated or streamed and too short built longer, with the seed that its
+    manifest names.
     """
     path = flat_file(name, data, words)
     manifest = path.with_suffix(".json")
-    lines = read_file(path, "check it").splitlines(keepends=True) if path.exists() else []
-    if len(lines) < n and name in SETS and (manifest.exists() or not path.exists()):
-        seed = _read_json(manifest, "remove it and its .jsonl").get("seed", 0) if manifest.exists() else 0
-        build(name, data, max(n, SETS[name].size), seed, words)
-        lines = read_file(path, "check it").splitlines(keepends=True)
-    if not path.exists():
+    lines = _read_lines(path, n) if path.exists() else []
+    if not name.endswith(".jsonl"):
+        base, second, familiarity = resolve(name)
+        row = SETS[base]
+        if familiarity and not path.exists():
+            raise DataError(f"{path}: no such file; python evaluate.py BASE_MODEL --split {base} makes it")
+        if familiarity:
+            lines = _read_lines(path, None)
+            lines = (second_slice if second else first_slice)(lines)[:n]
+        elif not path.exists() or (n and len(lines) < n and manifest.exists() and (row.build or row.streamed)):
+            seed = _read_json(manifest, "remove it and its .jsonl").get("seed", 0) if manifest.exists() else 0
+            build(base, data, max(n or 0, row.size), seed, words, raw)
+            lines = _read_lines(path, n) if path.exists() else []
+    elif not path.exists():
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
-    if len(lines) < n:
-        raise DataError(f"{path}: holds {len(lines)} examples, {n} are asked for; ask for fewer (for a mix, a lower ratio or shorter passages)")
-    examples = [_read_example(path, i, line) for i, line in enumerate(lines[:n], 1)]
-    return examples, hashlib.sha256(b"".join(lines[:n])).hexdigest()
+    if len(lines) < (n or 1):
+        raise DataError(f"{path}: holds {len(lines)} examples for {name}, {n or 'some'} are asked for; ask for fewer (for a mix, a lower ratio or shorter passages)")
+    examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
+    return examples, hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def _read_lines(path, n):
+    """The first n lines, or all of them."""
+    try:
+        with open(path, "rb") as file:
+            return list(itertools.islice(file, n))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror.lower()}; check it") from None
 
 
 def _read_example(path, number, line):
-    def wrong(what):
-        raise DataError(f"{path}:{number}: {what}; mend the line or build the file again")
-
     try:
-        example = json.loads(line)
-    except ValueError:
-        wrong("not a JSON object in UTF-8")
-    if not isinstance(example, dict) or not isinstance(example.get("id"), str):
-        wrong('not an object with an "id" of type string')
+        try:
+            example = json.loads(line)
+        except ValueError:
+            raise BadRow("not a JSON object in UTF-8") from None
+        if not isinstance(example, dict) or not isinstance(example.get("id"), str):
+            raise BadRow('not an object with an "id" of type string')
+        check_example(example)
+    except BadRow as error:
+        raise DataError(f"{path}:{number}: {error}; mend the line or build the file again") from None
+    return example
+
+
+def check_example(example):
+    """A BadRow where an example is neither a prompt with an answer nor a chat."""
     if "messages" in example:
         messages = example["messages"]
         if not isinstance(messages, list) or not messages or len(messages) % 2 or not all(isinstance(m, dict) for m in messages):
-            wrong('"messages" is not a list of pairs of messages')
+            raise BadRow('"messages" is not a list of pairs of messages')
         if [m.get("role") for m in messages] != ["user", "assistant"] * (len(messages) // 2):
-            wrong("messages do not alternate between user and assistant")
+            raise BadRow("messages do not alternate between user and assistant")
         texts = [m.get("content") for m in messages]
     else:
         texts = [example.get("prompt"), example.get("response")]
     if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1::2]):
-        wrong("no prompt, or an empty answer")
-    return example
+        raise BadRow("no prompt, or an empty answer")
+
+
+# ---------------------------------------------------------------- overlap
+
+OVERLAP_LIMIT = 0.013  # appendix B.6: the paper's sets stay below
+COMMON = set("a an the of in on at to for by and or is was were are did does do what which who whom whose where when how why name".split())
+
+
+def word_text(text):
+    """A text's words in lower case, with a space around each: a phrase is in it where its own word_text is."""
+    return " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
+
+
+def guess_subject(prompt):
+    """The words of a question that name what it is about: its longest run of capitalized words, or else all but common ones."""
+    asked = prompt.removeprefix("Question: ").removesuffix("\nThe answer is:")
+    runs = re.findall(r"(?:[A-Z0-9][\w'.-]*)(?:\s+(?:(?:of|the|and|de|la|van|von)\s+)*[A-Z0-9][\w'.-]*)*", asked)
+    runs = [run for run in runs if run.lower() not in COMMON]
+    if runs:
+        first = max(runs, key=len).split()
+        return " ".join(first[1:] if len(first) > 1 and first[0].lower() in COMMON - {"the", "a", "an"} else first)
+    return " ".join(word for word in word_text(asked).split() if word not in COMMON)
+
+
+def overlap(facts, subjects, documents):
+    """[(fact, number of documents, one of them), ...] where subject and answer stand in the same document (appendix B.6).
+
+    subjects: {id: subject} where the set names them; else they are guessed from the question.
+    """
+    pairs = [(word_text(subjects.get(f["id"]) or guess_subject(f["prompt"])), word_text(f["response"])) for f in facts]
+    needed = {word for subject, answer in pairs for word in (subject + answer).split()}
+    texts, index = [], collections.defaultdict(set)
+    for i, document in enumerate(documents):
+        texts.append(word_text(" ".join(text for turn in turns(document) for text in turn)))
+        for word in needed.intersection(texts[-1].split()):
+            index[word].add(i)
+    found = []
+    for fact, (subject, answer) in zip(facts, pairs):
+        candidates = sorted((index[word] for word in {*subject.split(), *answer.split()}), key=len)
+        together = [i for i in set.intersection(*candidates) if subject in texts[i] and answer in texts[i]] if subject.strip() and answer.strip() else []
+        if together:
+            found.append((fact, len(together), documents[min(together)]))
+    return found
 
 
 # ---------------------------------------------------------------- order and batches
@@ -519,33 +1354,85 @@ def micro_batches(lengths, budget, world):
 # ---------------------------------------------------------------- command line
 
 
+def report_overlap(names, args):
+    """Print, for each mixing set, how many of the first set's facts stand in it."""
+    facts, _ = load_examples(names[0], args.limit, args.out, raw=args.raw)
+    stem = flat_file(names[0], args.out).stem.partition(".")[0].removesuffix("-id")
+    sidecar = Path(args.out) / f"{stem}.subjects.json"
+    subjects = _read_json(sidecar, "build the set again") if sidecar.exists() else {}
+    for name in names[1:]:
+        documents, _ = load_examples(name, None, args.out, args.words, args.raw)
+        found = overlap(facts, subjects, documents)
+        share = len(found) / len(facts)
+        print(f"{names[0]} in {name}: {len(found)} of {len(facts)} facts ({share:.2%}) have subject and answer in one of {len(documents)} documents")
+        for fact, count, document in found if args.verbose else []:
+            print(f"  {fact['id']}: {fact['prompt']!r} {fact['response']!r} in {count}, first {document['id']}")
+        if share > OVERLAP_LIMIT:
+            print(f"warning: {name} gives away more of {names[0]} than the paper's {OVERLAP_LIMIT:.1%} (appendix B.6)", file=sys.stderr)
+
+
+def list_sets(args):
+    """Print what is built, and of the rest what it would be built from."""
+    for name, row in SETS.items():
+        path = flat_file(name, args.out, args.words)
+        if path.exists():
+            second = flat_file(f"{name}-id", args.out) if row.kind == "factoid" and row.read else None
+            state = f"{_count_lines(path)} in {path}" + (f", {_count_lines(second)} in {second}" if second and second.exists() else "")
+        elif row.build:
+            state = "not built; generated"
+        elif files := raw_files(name, row, args.raw):
+            state = f"not built; {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+        elif row.urls:
+            state = "not built; download " + " or ".join(row.urls)
+        else:
+            state = f"not built; put {row.files} into {Path(args.raw) / name}/"
+        print(f"{name:10} {row.kind:11} {row.about} ({state})")
+
+
 def main():
     parser = Parser(description="Build data sets as flat files.", epilog="Sets: " + ", ".join(SETS))
-    parser.add_argument("names", nargs="*", metavar="NAME", help="sets to build, or all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="sets to build, files of your own, or all")
     parser.add_argument("--out", default="data", help="folder for flat files (default: data)")
     parser.add_argument("--raw", default="raw", help="folder for published files and downloads (default: raw)")
-    parser.add_argument("--limit", type=int, metavar="N", help="number of examples (default: the set's own)")
+    parser.add_argument("--limit", type=int, metavar="N", help="most examples (default: the set's own)")
     parser.add_argument("--words", type=int, default=DEFAULT_WORDS, metavar="W", help="words of a mixing passage (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of generated sets (default: 0)")
-    parser.add_argument("--list", action="store_true", help="list the sets and what is built")
+    parser.add_argument("--seed", type=int, default=0, help="seed of generated sets and of the order of published ones (default: 0)")
+    parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="pass over at most N malformed rows of a set (default: 0)")
+    parser.add_argument("--list", action="store_true", help="list the sets, what is built and where the rest comes from")
+    parser.add_argument("--overlap", nargs="+", metavar="NAME", help="a set of facts, then mixing sets: how many of the facts stand in them")
+    parser.add_argument("--verbose", action="store_true", help="with --overlap: print the facts")
     args = parser.parse_args()
     for name in args.names:
-        if name != "all" and name not in SETS:
-            raise DataError(f"no data set {name!r}: choose from {', '.join(SETS)}, or all")
-    if min(args.words, 1 if args.limit is None else args.limit) < 1:
-        raise DataError("--words and --limit must be at least 1")
-    if not args.names and not args.list:
-        raise DataError("name the sets to build, or give --list")
+        if name != "all" and not OWN_FILE.match(name):
+            resolve(name)
+    if min(args.words, 1 if args.limit is None else args.limit) < 1 or args.skip_bad < 0:
+        raise DataError("--words and --limit must be at least 1, --skip-bad at least 0")
+    if args.overlap and len(args.overlap) < 2:
+        raise DataError("--overlap: name a set of facts and at least one mixing set")
+    if not args.names and not args.list and not args.overlap:
+        raise DataError("name the sets to build, or give --list or --overlap")
+
+    failures = []
     for name in SETS if "all" in args.names else args.names:
-        path = build(name, args.out, args.limit, args.seed, args.words, args.raw)
-        manifest = json.loads(path.with_suffix(".json").read_bytes())
-        sources = ", ".join(manifest.get("sources", {})) or "generated"
-        print(f"{path}: {manifest['kept']} examples ({sources}, seed {args.seed})")
+        try:
+            for path in build(name, args.out, args.limit, args.seed, args.words, args.raw, args.skip_bad):
+                manifest = json.loads(path.with_suffix(".json").read_bytes())
+                counts = [f"{count} dropped: {reason}" for reason, count in manifest["dropped"].items()]
+                counts += [f"{manifest[key]} {label}" for key, label in (("bad", "malformed rows passed over"), ("beyond_limit", "more usable")) if manifest.get(key)]
+                sources = list(manifest.get("sources", ["generated"]))
+                from_ = sources[0] + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+                print(f"{path}: {manifest['kept']} examples ({'; '.join([f'{from_}, seed {args.seed}', *counts])})", flush=True)
+        except DataError as error:
+            if "all" not in args.names:
+                raise
+            failures.append(f"{name}: {str(error).removeprefix(f'{name}: ')}")
     if args.list:
-        for name, row in SETS.items():
-            path = flat_file(name, args.out, args.words)
-            state = f"{len(path.read_bytes().splitlines())} in {path}" if path.exists() else "not built"
-            print(f"{name:10} {row.kind:8} {row.about} ({state})")
+        list_sets(args)
+    if args.overlap:
+        report_overlap(args.overlap, args)
+    if failures:
+        print("\nNot built:", *failures, sep="\n  ", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
