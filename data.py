@@ -495,6 +495,8 @@ def download(url, target, lines=None):
 def _forget(part):
     part.unlink(missing_ok=True)
     part.with_name(part.name + ".json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        part.parent.rmdir()  # made for it alone
 
 
 def _fetch(url, file, lines):
@@ -1239,6 +1241,25 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw"):
         raise DataError(f"{path}: holds {len(lines)} examples for {name}, {n or 'some'} are asked for; ask for fewer (for a mix, a lower ratio or shorter passages)")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
     return examples, hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def load_pool(name, data="data", raw="raw"):
+    """(all facts of a set, both slices, in the order in which it was built, sha256 of their lines)."""
+    if name.endswith(".jsonl"):
+        return load_examples(name, None, data)
+    base, _, _ = resolve(name)
+    if SETS[base].kind != "factoid" or SETS[base].build:
+        raise DataError(f"{name}: not a published set of facts; --split sorts {', '.join(n for n, r in SETS.items() if r.kind == 'factoid' and r.read)}")
+    facts, sha256 = load_examples(base, None, data, raw=raw)
+    if flat_file(f"{base}-id", data).exists():
+        second, second_sha256 = load_examples(f"{base}-id", None, data)
+        facts, sha256 = facts[:SLICE] + second + facts[SLICE:], hashlib.sha256((sha256 + second_sha256).encode()).hexdigest()
+    return facts, sha256
+
+
+def set_label(name):
+    """A data name as files and tables show it: that of a path without folder and .jsonl."""
+    return Path(name).stem if name.endswith(".jsonl") else name
 
 
 def _read_lines(path, n):

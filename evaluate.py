@@ -2,14 +2,16 @@
 
     python evaluate.py runs/SmolLM2-135M-Instruct/kvr-s0             # every factoid stage in its lineage
     python evaluate.py models/Meta-Llama-3-8B --data bios            # any model on any set
+    python evaluate.py models/Meta-Llama-3-8B --split popqa          # which facts the base model knows: familiar and unfamiliar
     torchrun --nproc_per_node 8 evaluate.py CKPT                     # facts are shared out over the ranks
     python evaluate.py --tables runs/                                # one line a setting, from what was evaluated before
 
-Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl.
+Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.familiar.jsonl and data/NAME.unfamiliar.jsonl.
 """
 
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -19,7 +21,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import SETS, DataError, Parser, encode_example, load_examples, load_tokenizer, write_file
+from data import (SETS, DataError, Parser, encode_example, flat_file, load_examples, load_pool, load_tokenizer, resolve, set_label, write_file,
+                  write_flat)  # fmt: skip
 from model import CheckpointError, load_model
 
 BATCH = 128  # prompts that generate together
@@ -52,21 +55,25 @@ def predict(model, tokenizer, examples, progress=False):
 
     The prompt is exactly what was trained on; an answer may be a few tokens longer than the longest right one.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prompts, longest = [], 0
     for example in examples:
         ids, labels = encode_example(tokenizer, example)
         start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
         prompts.append(ids[:start])
         longest = max(longest, len(ids) - start)
-    max_new_tokens = longest + 4
+    return ask(model, tokenizer, prompts, longest + 4, tokenizer.eos_id, progress)
+
+
+def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False):
+    """Greedy continuations of prompts (lists of ids) as texts, shared out over the ranks; ends: the id or ids that end one."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine = by_length[rank::world]
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
     new_ids = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device)
     for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
         rows = mine[start : start + BATCH]
-        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, tokenizer.eos_id)):
+        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends)):
             new_ids[row, : len(ids)] = torch.tensor(ids, device=new_ids.device) + 1  # 0 means no token
     if world > 1:
         dist.all_reduce(new_ids)
@@ -106,6 +113,8 @@ def stage_facts(entry, data="data"):
     name = entry["data"]
     if name in SETS and SETS[name].kind != "factoid":
         return []
+    if entry.get("familiarity"):
+        name = f"{name}.{entry['familiarity']}"
     examples, sha256 = load_examples(name, entry["num_examples"], data)
     if sha256 != entry["data_sha256"]:
         raise DataError(f"{name}: its first {entry['num_examples']} lines in {data}/ are not those that stage {entry['stage']} was trained on; "
@@ -131,12 +140,102 @@ def evaluate(path, model, tokenizer, sets, rank=0):
     return results
 
 
+# ---------------------------------------------------------------- familiar and unfamiliar
+
+SHOTS = 5
+
+
+def familiarity(name, base_model, data="data"):
+    """"unfamiliar" where a set has been split for this base model, "" where there is nothing to split; otherwise a DataError."""
+    if name.endswith(".jsonl"):
+        return ""
+    base, _, chosen = resolve(name)
+    if chosen or SETS[base].kind != "factoid" or SETS[base].build:
+        return ""
+    manifest = flat_file(f"{base}.unfamiliar", data).with_suffix(".json")
+    made_with = read_rows(manifest).get("base_model") if manifest.exists() else None
+    if made_with == model_name(base_model):
+        return "unfamiliar"
+    state = f"split into familiar and unfamiliar for {made_with}" if made_with else "not split into familiar and unfamiliar facts"
+    raise DataError(f"{name}: {state}, the base model here is {model_name(base_model)}: run python evaluate.py {base_model} --split {base}"
+                    + (" with another --data-dir" if made_with else "") + ", or take all facts with --unfiltered")  # fmt: skip
+
+
+def model_name(path):
+    return Path(path).resolve().name
+
+
+def split(path, model, tokenizer, name, n, n_shots, data, rank):
+    """Ask the base model each fact of a set, few-shot, and write those it knows and those it does not (sections 2.1, 2.2).
+
+    The shots are drawn from the set, stand in its own form before each question, and are excluded. A fact is familiar if the
+    answer's first line is the response or one of its aliases. What was answered is kept as it comes, so a killed run goes on.
+    """
+    base = resolve(name)[0] if not name.endswith(".jsonl") else set_label(name)
+    target = {kind: Path(data) / f"{base}.{kind}.jsonl" for kind in ("familiar", "unfamiliar")}
+    pool, sha256 = load_pool(name, data)
+    if len(pool) <= n_shots:
+        raise DataError(f"{name}: holds {len(pool)} facts, not more than the {n_shots} shots; take fewer with --shots")
+    shots = random.Random(f"shots {base}").sample(range(len(pool)), n_shots)
+    facts = [fact for i, fact in enumerate(pool) if i not in shots][:n]
+    header = {"base_model": model_name(path), "name": base, "data_sha256": sha256, "shots": [pool[i]["id"] for i in shots]}
+    for file in target.values():
+        manifest = file.with_suffix(".json")
+        if manifest.exists() and read_rows(manifest)["base_model"] != header["base_model"]:
+            raise DataError(f"{file}: made with {read_rows(manifest)['base_model']}; remove it, or give another --data-dir")
+
+    part = Path(data) / f"{base}.split.part"
+    answers = _answered(part, header)[: len(facts)]
+    shown = "".join(f"{pool[i]['prompt']} {pool[i]['response']}\n\n" for i in shots)
+    accepted = [[fact["response"], *fact.get("aliases", [])] for fact in facts]
+    longest = max(len(tokenizer.encode(" " + answer)) for answers_ in accepted for answer in answers_)
+    line_ends = {i for i in range(tokenizer.vocab_size) if "\n" in (text := tokenizer.decode([i])) and not text.strip()}
+    bar = tqdm(total=len(facts), initial=len(answers), desc=f"asking {base}", unit=" facts", disable=rank > 0)
+    stride = 2 * BATCH * dist.get_world_size()
+    for start in range(len(answers), len(facts), stride):
+        chunk = facts[start : start + stride]
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(shown + fact["prompt"])] for fact in chunk]
+        texts = ask(model, tokenizer, prompts, longest + 2, line_ends | {tokenizer.eos_id})
+        new = [text.strip().partition("\n")[0].strip() for text in texts]
+        answers += new
+        if rank == 0:
+            with open(part, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in new)
+        bar.update(len(chunk))
+    bar.close()
+
+    known = [any(is_correct(answer, right) for right in rights) for answer, rights in zip(answers, accepted)]
+    counts = {}
+    for kind in target:
+        rows = [(fact, answer) for fact, answer, k in zip(facts, answers, known) if k == (kind == "familiar")]
+        counts[kind] = len(rows)
+        if rank == 0:
+            manifest = {**header, "asked": len(facts), "kept": len(rows), "predictions": {fact["id"]: answer for fact, answer in rows}}
+            write_flat(target[kind], [fact for fact, _ in rows], manifest)
+    if rank == 0:
+        part.unlink(missing_ok=True)
+        print(f"{base}: {model_name(path)} knows {counts['familiar']} of {len(facts)} facts -> {target['familiar']}, {target['unfamiliar']}")
+
+
+def _answered(part, header):
+    """Answers that an interrupted split with the same header left, the same on every rank; from here on part holds just those."""
+    answers = []
+    if dist.get_rank() == 0:
+        lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []
+        if lines and lines[0] == json.dumps(header) + "\n":
+            answers = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+        write_file(part, "".join(json.dumps(row) + "\n" for row in [header, *answers]))
+    box = [answers]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 # ---------------------------------------------------------------- tables
 
 
 def mix_label(lineage):
     """The paper's label for a run: "Random / K-Pile" names the mix of each stage, "-" is none."""
-    mixes = ["-" if entry["mix"] == "none" else Path(entry["mix"]).stem for entry in lineage]
+    mixes = ["-" if entry["mix"] == "none" else set_label(entry["mix"]) for entry in lineage]
     label = "No Mixing" if set(mixes) == {"-"} else " / ".join(mixes)
     return label + "".join(f", replay {entry['replay']}" for entry in lineage if entry.get("replay"))
 
@@ -157,7 +256,7 @@ def tables(folder):
         _, start = found.get(json.dumps(lineage[:1]), (None, None))
         if len(lineage) < 2 or not start:
             continue
-        names = [Path(entry["data"]).stem for entry in lineage]
+        names = [set_label(entry["data"]) for entry in lineage]
         before, after = (_accuracies(f, {name: entry["num_examples"] for name, entry in zip(names, lineage)}) for f in (start, run))
         if names[0] not in before or names[0] not in after:
             print(f"{run}: left out, its first stage's facts were not asked of it and of {start}; run evaluate.py on both", file=sys.stderr)
@@ -178,7 +277,7 @@ def tables(folder):
     lines, heading = [], None
     for runs in sorted(chains.values(), key=lambda runs: [(e["base_model"], e["data"]) for e in runs[0]["lineage"]]):
         lineage = runs[0]["lineage"]
-        names = [Path(entry["data"]).stem for entry in lineage]
+        names = [set_label(entry["data"]) for entry in lineage]
         above = f"{Path(lineage[0]['base_model']).name}, {', then '.join(names)}: exact match in %"
         if above != heading:
             heading = above
@@ -224,7 +323,9 @@ def main():
     parser = Parser(description="Exact match of a checkpoint on the facts of its stages.")
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="folder of a model or of a finished stage")
     parser.add_argument("--data", nargs="+", metavar="NAME", help="sets or .jsonl files to ask instead of those of its stages")
-    parser.add_argument("--num-examples", type=int, default=2000, help="with --data: how many of each (default: 2000)")
+    parser.add_argument("--split", metavar="NAME", help="sort a set's facts into those that the base model CKPT knows and those it does not")
+    parser.add_argument("--shots", type=int, default=SHOTS, help=f"with --split: facts shown before each question (default: {SHOTS})")
+    parser.add_argument("--num-examples", type=int, help="with --data: how many of each (default: 2000, or all that its stage learned); with --split: only the first N")
     parser.add_argument("--data-dir", default="data", help="folder of flat files (default: data)")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="type of weights and arithmetic (default: bf16)")
     parser.add_argument("--tables", metavar="RUNS", help="print the table of the finished runs below this folder")
@@ -233,17 +334,28 @@ def main():
         return print(tables(args.tables))
     if not args.checkpoint:
         raise DataError("name a checkpoint folder, or give --tables RUNS")
-    if args.num_examples < 1:
-        raise DataError("--num-examples must be at least 1")
+    if args.num_examples is not None and args.num_examples < 1 or args.shots < 0:
+        raise DataError("--num-examples must be at least 1, --shots at least 0")
+    lineage = read_lineage(args.checkpoint)
+    if args.split:
+        if lineage:
+            raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
+        tokenizer = load_tokenizer(args.checkpoint)
+        device, rank, _ = setup_device()
+        model = load_model(args.checkpoint, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+        split(args.checkpoint, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank)
+        return dist.destroy_process_group()
     if args.data:
-        if len({Path(name).stem for name in args.data}) < len(args.data):
+        if len({set_label(name) for name in args.data}) < len(args.data):
             raise DataError("--data: two sets of one name would share a predictions file; rename one")
-        sets = {Path(name).stem: load_examples(name, args.num_examples, args.data_dir)[0] for name in args.data}
+        # The name of one of its stages means that stage's facts.
+        own = {entry["data"]: entry for entry in lineage} if args.num_examples is None else {}
+        sets = {set_label(name): stage_facts(own[name], args.data_dir) if name in own else
+                load_examples(name, args.num_examples or 2000, args.data_dir)[0] for name in args.data}  # fmt: skip
     else:
-        lineage = read_lineage(args.checkpoint)
         if not lineage:
             raise DataError(f"{args.checkpoint}: no run.json, so no stages to ask about; name sets with --data")
-        sets = {Path(entry["data"]).stem: facts for entry in lineage if (facts := stage_facts(entry, args.data_dir))}
+        sets = {set_label(entry["data"]): facts for entry in lineage if (facts := stage_facts(entry, args.data_dir))}
         if not sets:
             raise DataError(f"{args.checkpoint}: no stage of it learned facts; name sets with --data")
     for name, examples in sets.items():

@@ -14,6 +14,7 @@ Modules carry Hugging Face's names, so a checkpoint loads strictly and without a
 Axes: B batch, T time, H heads, K key-value heads, D head size, C width (hidden size), V vocabulary, L layers, S cache slots.
 """
 
+import itertools
 import json
 import math
 import os
@@ -321,28 +322,30 @@ class Transformer(nn.Module):
     def generate(self, prompts, max_new_tokens, eos_id):
         """Greedy continuation of prompts (lists of ids, any lengths): lists of new ids, without eos.
 
+        eos_id may also be a set of ids, each of which ends an answer.
         Under torch.distributed every rank must call it equally often, because each forward is a collective;
         a rank with nothing to ask passes an empty list.
         """
         device = self.model.embed_tokens.weight.device
+        ends = {eos_id} if isinstance(eos_id, int) else eos_id
         rows = prompts or [[0]]
         lengths = torch.tensor([len(p) for p in rows], device=device)
         ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, device=device)
         for i, prompt in enumerate(rows):
             ids[i, : len(prompt)] = torch.tensor(prompt)
         cache = Cache(lengths, ids.shape[1] + max_new_tokens)
-        new, done = [], torch.zeros(len(rows), dtype=torch.bool, device=device)
+        new, done, end_ids = [], torch.zeros(len(rows), dtype=torch.bool, device=device), torch.tensor(sorted(ends), device=device)
         for _ in range(max_new_tokens):
             new.append(self(ids, cache=cache).argmax(-1))
             cache.filled, cache.last, ids = True, cache.last + 1, new[-1][:, None]
-            done |= new[-1] == eos_id
+            done |= torch.isin(new[-1], end_ids)
             stop = done.all().int()
             if dist.is_initialized():
                 dist.all_reduce(stop, dist.ReduceOp.MIN)
             if stop:
                 break
         out = torch.stack(new, dim=1).tolist() if new else [[] for _ in rows]
-        return [row[: row.index(eos_id)] if eos_id in row else row for row in out][: len(prompts)]
+        return [list(itertools.takewhile(lambda i: i not in ends, row)) for row in out][: len(prompts)]
 
 
 # ---------------------------------------------------------------- folders of weights

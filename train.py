@@ -27,8 +27,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from data import (DEFAULT_WORDS, SETS, DataError, Parser, copy_tokenizer, encode_example, epoch_order, load_examples, load_tokenizer,
-                  micro_batches, write_file)  # fmt: skip
-from evaluate import fail, is_correct, predict, read_lineage, setup_device, stage_facts
+                  micro_batches, set_label, write_file)  # fmt: skip
+from evaluate import familiarity, fail, is_correct, model_name, predict, read_lineage, setup_device, stage_facts
 from model import CheckpointError, Config, build_model, load_weights, save_model, weights_dtype
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -46,6 +46,7 @@ def parse_args():
     add("--stage", type=int, required=True, help="1 starts from a base model, later ones from the previous stage's checkpoint")
     add("--data", help="set or .jsonl file to learn; at stage 1 kvr unless told otherwise")
     add("--num-examples", type=int, default=2000, help="its first N examples")
+    parser.add_argument("--unfiltered", action="store_true", help="take all facts of a published set, not only those that the base model does not know")
     add("--mix", default="none", help="D_M: random, another mixing set, a .jsonl file, or none")
     add("--mix-ratio", type=float, default=2.0, help="examples of D_M for each of the set's own")
     add("--mix-words", type=int, default=DEFAULT_WORDS, help="length of D_M's passages in words")
@@ -82,16 +83,18 @@ def parse_args():
     if args.stop_loss is None:
         args.stop_loss = SETS[args.data].stop_loss if args.data in SETS else 1e-4
     if not args.out:
-        mix = "" if args.mix == "none" else f"+{Path(args.mix).stem}"
+        mix = "" if args.mix == "none" else f"+{set_label(args.mix)}"
         parent = Path("runs") / Path(args.model).name if args.stage == 1 else Path(args.model)
-        args.out = str(parent / f"{Path(args.data).stem}{mix}-s{args.seed}")
+        args.out = str(parent / f"{set_label(args.data)}{mix}-s{args.seed}")
     return args
 
 
 def gather_examples(args, lineage):
     """(all examples of the stage, what run.json says of them): the set's own, then ratio x as many of D_M, then replayed facts."""
-    own, sha256 = load_examples(args.data, args.num_examples, args.data_dir)
-    counts = {"data_sha256": sha256, "mix_sha256": None}
+    base_model = lineage[0]["base_model"] if lineage else args.model
+    kept = "" if args.unfiltered else familiarity(args.data, base_model, args.data_dir)
+    own, sha256 = load_examples(f"{args.data}.{kept}" if kept else args.data, args.num_examples, args.data_dir)
+    counts = {"base_model": base_model, "familiarity": kept, "data_sha256": sha256, "mix_sha256": None}
     mix, replayed = [], []
     if args.mix != "none":
         mix, counts["mix_sha256"] = load_examples(args.mix, round(args.mix_ratio * len(own)), args.data_dir, args.mix_words)
@@ -194,7 +197,7 @@ def main():
     for turn in (True, False):
         if turn == first:
             examples, counts = gather_examples(args, lineage)
-            earlier = {Path(e["data"]).stem: facts[: args.eval_facts] for e in lineage if (facts := stage_facts(e, args.data_dir))}
+            earlier = {set_label(e["data"]): facts[: args.eval_facts] for e in lineage if (facts := stage_facts(e, args.data_dir))}
         dist.barrier()
     digest = int(hashlib.sha256(str(counts).encode()).hexdigest()[:12], 16)
     extremes = torch.tensor([digest, -digest], device=device)
@@ -217,7 +220,8 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     micro_tokens = args.micro_tokens or (8192 if device.type == "cuda" else 1536)
     total = args.epochs * -(-len(examples) // args.batch_size)
-    say(f"stage {args.stage}: {args.num_examples} x {args.data}, {counts['num_mix']} x {args.mix}, {counts['num_replay']} replayed; "
+    chosen = f" {counts['familiarity']} to {model_name(counts['base_model'])}" if counts["familiarity"] else ""
+    say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {counts['num_mix']} x {args.mix}, {counts['num_replay']} replayed; "
         f"{sum(len(ids) for ids, _ in encoded)} tokens an epoch, at most {total} steps, lr {lr}, {world} x {device.type} -> {out}")  # fmt: skip
 
     if rank == 0:
@@ -276,8 +280,7 @@ def main():
         copy_tokenizer(args.model, out)
         entry = {"stage": args.stage, "data": args.data, "num_examples": args.num_examples, "mix": args.mix, "mix_ratio": args.mix_ratio,
                  "mix_words": args.mix_words, "replay": args.replay, "seed": args.seed, "lr": lr, "batch_size": args.batch_size,
-                 "epochs": args.epochs, "steps": step, "final_loss": loss, "stopped_by": stopped_by, "precision": args.precision,
-                 "base_model": lineage[0]["base_model"] if lineage else args.model} | counts  # fmt: skip
+                 "epochs": args.epochs, "steps": step, "final_loss": loss, "stopped_by": stopped_by, "precision": args.precision} | counts  # fmt: skip
         write_file(out / "run.json", json.dumps(lineage + [entry], indent=2) + "\n")
     say(f"{out}: {step} steps, loss {loss:.2e}, stopped by {stopped_by}")
     # Gloo can abort at exit while sharded tensors are alive.
