@@ -528,9 +528,9 @@ def _fetch(url, file, lines):
                     missing -= len(ends)
                     piece = piece if missing else piece[: ends[-1]]
                 file.write(piece)
+                file.flush()  # what a kill leaves can be continued
                 have += len(piece)
                 bar.update(len(piece))
-        file.flush()
         if missing != 0 and size is not None and have != size:
             raise http.client.HTTPException(f"ended after {have} of {size} bytes")
         return None if missing == 0 else _stated_sha256(response.headers) or redirects.sha256
@@ -1014,16 +1014,22 @@ def read_published(name, row, n, seed, words, raw, skip_bad):
     # Paths as seen from raw/, so that a manifest does not depend on where that lies.
     place = (lambda path: os.path.relpath(path, raw)) if row.wanted else (lambda path: Path(path).name)
     if row.streamed:
-        sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} for b in opened}
+        # Of what is read piece by piece just those bytes; parquet is read here and there, so all of the file.
+        sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} if b.n_read else _source(b.path) for b in opened}
     else:
         random.Random(f"{name} {seed}").shuffle(examples)
-        sources = {place(path): _sha256(path) for path in files}
+        sources = {place(path): _source(path) for path in files}
         if len(files) > 50:
-            listing = "".join(f"{sha256}  {path}\n" for path, sha256 in sources.items())
-            sources = {f"{len(files)} files below {place(os.path.commonpath(files))}": hashlib.sha256(listing.encode()).hexdigest()}
+            listing = "".join(f"{source['sha256']}  {path}\n" for path, source in sources.items())
+            total = {"bytes": sum(source["bytes"] for source in sources.values()), "sha256": hashlib.sha256(listing.encode()).hexdigest()}
+            sources = {f"{len(files)} files below {place(os.path.commonpath(files))}": total}
     if not examples:
         raise DataError(f"{files[0]}: no usable example in it (dropped: {dict(dropped)}); see that it is the published file")
     return examples, {"sources": sources, "dropped": dict(dropped), "bad": bad, "beyond_limit": max(0, len(examples) - n)}
+
+
+def _source(path):
+    return {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
 
 
 def _sha256(path):
@@ -1238,7 +1244,8 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw"):
     elif not path.exists():
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
     if len(lines) < (n or 1):
-        raise DataError(f"{path}: holds {len(lines)} examples for {name}, {n or 'some'} are asked for; ask for fewer (for a mix, a lower ratio or shorter passages)")
+        whose = "" if name == str(path) else f" for {name}"
+        raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; ask for fewer (for a mix, a lower ratio or shorter passages)")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
     return examples, hashlib.sha256(b"".join(lines)).hexdigest()
 
