@@ -1134,12 +1134,12 @@ SETS = {
     "ultrachat": Set("non-factoid", "dialogues", read=each(ultrachat), files="train_0.jsonl", wanted=r"\.jsonl(\.gz|\.zst)?$", streamed=True,
                      urls=(f"{HUB}/stingning/ultrachat/resolve/main/train_0.jsonl",), first_lines=20_000),
     "random": Set("mixing", "random words of the NLTK words corpus", 4000, build=build_random),
-    "k-pile": Set("mixing", "passages of Knowledge Pile", 4000, read=each(generic), files="a JSON-lines file of it", wanted=TEXT_FILES, streamed=True,
-                  urls=(f"{HUB}/Query-of-CC/Knowledge_Pile/resolve/main/knowledge_pile.jsonl",), first_lines=20_000),
-    "a-pile": Set("mixing", "passages of The Pile's ArXiv part", 4000, read=each(generic), files="the ArXiv 50k sample's parquet", wanted=TEXT_FILES, streamed=True,
-                  urls=(f"{HUB}/haritzpuerto/the_pile_arxiv_50k_sample/resolve/main/data/train-00000-of-00001.parquet",)),
-    "fineweb": Set("mixing", "passages of FineWeb", 4000, read=each(generic), files="the FineWeb 100M sample's parquet", wanted=TEXT_FILES, streamed=True,
-                   urls=(f"{HUB}/kh4dien/fineweb-100m-sample/resolve/main/data/train-00000-of-00001.parquet",)),
+    "k-pile": Set("mixing", "passages of Knowledge Pile", 4000, read=each(generic), files="one of its JSON-lines files", wanted=TEXT_FILES, streamed=True,
+                  urls=(f"{HUB}/Query-of-CC/Knowledge_Pile/resolve/main/data/part-65c38103819a-000496.jsonl",), first_lines=20_000),
+    "a-pile": Set("mixing", "passages of The Pile's ArXiv part", 4000, read=each(generic), files="a parquet file of the ArXiv 50k sample", wanted=TEXT_FILES, streamed=True,
+                  urls=(f"{HUB}/haritzpuerto/the_pile_arxiv_50k_sample/resolve/refs%2Fconvert%2Fparquet/default/train/0000.parquet",)),
+    "fineweb": Set("mixing", "passages of FineWeb", 4000, read=each(generic), files="a parquet file of the FineWeb 100M sample", wanted=TEXT_FILES, streamed=True,
+                   urls=(f"{HUB}/kh4dien/fineweb-100m-sample/resolve/main/data/train-00000-of-00002.parquet",)),
     "pydoc": Set("mixing", "the language reference inside every CPython", 4000, build=build_pydoc),
 }  # fmt: skip
 OWN = Set("own", "the user's own file", sys.maxsize, read=own_file)
@@ -1469,3 +1469,6 @@ if __name__ == "__main__":
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"data.py: {error}; nothing was left half-written", file=sys.stderr)
+        sys.exit(1)
