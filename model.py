@@ -14,28 +14,37 @@ Modules carry Hugging Face's names, so a checkpoint loads strictly and without a
 Axes: B batch, T time, H heads, K key-value heads, D head size, C width (hidden size), V vocabulary, L layers, S cache slots.
 """
 
+import contextlib
+import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
+import struct
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(ValueError):
     """A model folder that cannot be used as it is; the message is one line that names the file and the remedy."""
+
+
+class SaveError(OSError):
+    """A file that could not be written, on a full disk for one; the message is one line that names it."""
 
 
 # ---------------------------------------------------------------- configuration
@@ -260,6 +269,7 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Computed, never loaded, and no buffer: a model built on the meta device has nothing to restore.
         self.rope_frequencies = rope_frequencies(config)
+        self.checkpoint_activations = False  # keep only each block's input for the backward pass, and compute the rest again
 
     def forward(self, ids, labels=None, return_hidden=False, cache=None):
         """ids (B, T) int64, right-padded -> logits (B, T, V).
@@ -275,7 +285,10 @@ class Transformer(nn.Module):
         mask = self._mask(positions, cache.slots if decoding else T, decoding)
         hidden = [x]
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, mask, cache, i)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, cache, i, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin, mask, cache, i)
             if return_hidden:
                 hidden.append(x)
         if return_hidden:
@@ -348,10 +361,51 @@ class Transformer(nn.Module):
         return [list(itertools.takewhile(lambda i: i not in ends, row)) for row in out][: len(prompts)]
 
 
+# ---------------------------------------------------------------- ranks that read and write files
+
+
+@functools.cache
+def _patient_group():
+    # A collective of the default group may take 10 minutes; on a slow disk the wait for another rank's file takes longer.
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+
+
+def from_all(value):
+    """[rank 0's value, rank 1's, ...], the same list on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_patient_group())
+    return values
+
+
+@contextlib.contextmanager
+def together():
+    """All ranks leave this block together: an error that one of them meets is raised by all, so that none is left waiting."""
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    for error in filter(None, from_all(error)):
+        raise error
+
+
+@contextlib.contextmanager
+def naming(path):
+    """A failed write in this block names path: what Python raises on a full disk names nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
 # ---------------------------------------------------------------- folders of weights
 
+MANIFEST = "manifest.json"  # {"files": {name: {"size", "sha256"}}} of the safetensors beside it
 SHARD_BYTES = 5 * 10**9  # the largest file save_model writes, as on the hub
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 
 def load_model(path, dtype=torch.bfloat16, device="cpu"):
@@ -372,9 +426,17 @@ def build_model(config, dtype):
 def load_weights(model, path):
     """Copy a folder's tensors into model, strictly; where a parameter is sharded over ranks, each rank reads its own rows alone.
 
-    Files are mapped and let go tensor by tensor, so memory holds one copy of the model and one tensor.
+    Under torch.distributed every rank calls it. A folder with a manifest is first compared with it.
+    Files are mapped and let go tensor by tensor, so memory holds this rank's rows of the model and of one tensor.
     """
     path = Path(path)
+    if (path / MANIFEST).exists():
+        verify(path, "the checkpoint is not what was saved: restore it, or train it again")
+    with together():
+        _copy_weights(model, path)
+
+
+def _copy_weights(model, path):
     params = dict(model.named_parameters())
     where = _tensor_files(path)
     # Old Llama files carry the RoPE frequencies, and some tied models the embedding once more as their head.
@@ -396,7 +458,7 @@ def load_weights(model, path):
             rows = tensor[first:last]
             if not torch.isfinite(rows).all():
                 raise CheckpointError(f"{where[name]}: tensor {name} holds NaN or infinity: the file is damaged, copy it again")
-            (param.to_local() if isinstance(param, DTensor) else param).copy_(rows)
+            local(param).copy_(rows)
             if tied_head and name == "model.embed_tokens.weight":
                 with _open_shard(where[tied_head]) as shard:
                     if not torch.equal(shard.get_slice(tied_head)[first:last], rows):
@@ -412,13 +474,22 @@ def weights_dtype(path):
         return FLOAT_TYPES.get(shard.get_slice("model.embed_tokens.weight").get_dtype(), torch.bfloat16)
 
 
+def local(tensor):
+    """What this rank holds of a tensor: all, or under fully_shard its rows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_rows(param):
-    """The rows [first, last) of a parameter that this rank holds: all, or under fully_shard a chunk of dimension 0."""
-    n = param.shape[0]
+    """The rows [first, last) of a parameter that this rank holds."""
     if not isinstance(param, DTensor):
-        return 0, n
-    rows = -(-n // param.device_mesh.size())
-    first = min(n, rows * param.device_mesh.get_local_rank())
+        return 0, param.shape[0]
+    return rows_of(param.shape[0], param.device_mesh.get_local_rank(), param.device_mesh.size())
+
+
+def rows_of(n, rank, world):
+    """The rows [first, last) of n that fully_shard gives to a rank; none to the last ranks where n is small."""
+    rows = -(-n // world)
+    first = min(n, rows * rank)
     return first, min(n, first + rows)
 
 
@@ -467,9 +538,9 @@ def _tensor_files(path):
 
 
 def save_model(model, path, dtype=None):
-    """Write config.json and safetensors (shards of at most 5 GB) to folder path, in dtype or else the weights' own.
+    """Write config.json, safetensors (shards of at most 5 GB) and their manifest to folder path, in dtype or else the weights' own.
 
-    Under torch.distributed every rank calls it: tensors are gathered one by one and rank 0 writes.
+    Under torch.distributed every rank calls it: tensors are gathered one by one, and rank 0 writes each as it comes.
     """
     path = Path(path)
     params = dict(model.named_parameters())
@@ -484,36 +555,97 @@ def save_model(model, path, dtype=None):
         room -= size
     files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     writer = not dist.is_initialized() or dist.get_rank() == 0
-    if writer:
-        path.mkdir(parents=True, exist_ok=True)
-    for file, names in zip(files, shards):
-        tensors = {}
-        for name in names:
-            param = params[name].detach()
-            whole = param.full_tensor() if isinstance(param, DTensor) else param
-            if writer:
-                tensors[name] = whole.to("cpu", dtype).contiguous()
+    index = "model.safetensors.index.json"
+    with together():
         if writer:
-            temporary = path / (file + ".tmp")
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-            os.replace(temporary, path / file)
-    if writer:
-        if len(files) > 1:
-            size = sum(param.numel() for param in params.values()) * dtype.itemsize
-            weight_map = {name: file for file, names in zip(files, shards) for name in names}
-            (path / "model.safetensors").unlink(missing_ok=True)  # saved here before in one file
-            _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
-        else:
-            (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards saved here before
-        type_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
-        _write_json(path / "config.json", model.config.raw | {type_key: str(dtype).removeprefix("torch.")})
+            path.mkdir(parents=True, exist_ok=True)
+            for old in [path / MANIFEST, path / index, *path.glob("model*.safetensors")]:  # of a model saved here before
+                old.unlink(missing_ok=True)
+    digests = {}
+    for file, names in zip(files, shards):
+        # Cast before the gathering: half the traffic and memory where fp32 weights are saved as bf16.
+        tensors = (whole(params[name].detach().to(dtype)) for name in names)
+        with together():
+            try:
+                if writer:
+                    digests[file] = write_tensors(path / file, {name: (dtype, params[name].shape) for name in names}, tensors)
+            finally:
+                for _ in tensors:  # gathering takes every rank, also after rank 0's disk is full
+                    pass
+    with together():
+        if writer:
+            if len(files) > 1:
+                size = sum(param.numel() for param in params.values()) * dtype.itemsize
+                weight_map = {name: file for file, names in zip(files, shards) for name in names}
+                _write_json(path / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
+            type_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
+            _write_json(path / "config.json", model.config.raw | {type_key: str(dtype).removeprefix("torch.")})
+            _write_json(path / MANIFEST, {"files": digests})
+
+
+def whole(tensor):
+    """A tensor of which each rank may hold some rows, gathered; a collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def write_tensors(path, layout, tensors):
+    """Write tensors, in the order of layout {name: (dtype, shape)}, to a safetensors file; returns its {"size", "sha256"}.
+
+    One tensor at a time is in memory, and the file gets its name only when it is whole and on the disk.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8
+    temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
+    with naming(path), open(temporary, "wb") as file:
+        for part in itertools.chain([struct.pack("<Q", len(header)), header], map(_bytes, tensors)):
+            file.write(part)
+            digest.update(part)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(temporary, path)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _bytes(tensor):
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def verify(folder, remedy):
+    """The manifest of a folder whose safetensors are what it says, otherwise a CheckpointError.
+
+    Under torch.distributed every rank calls it, and the ranks of a machine share the reading.
+    """
+    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with together():
+        manifest = _read_json(folder / MANIFEST, remedy)
+        files = manifest.get("files")
+        if not isinstance(files, dict) or not all(isinstance(row, dict) and row.keys() >= {"size", "sha256"} for row in files.values()):
+            raise CheckpointError(f"{folder / MANIFEST}: no list of files with their sizes and sha256; {remedy}")
+        for file in sorted(folder.glob("*.safetensors")):
+            if file.name not in files:
+                raise CheckpointError(f"{file}: not among the files of {MANIFEST}; remove it")
+        for name in sorted(files)[rank::world]:
+            file, expected = folder / name, files[name]
+            if not file.is_file():
+                raise CheckpointError(f"{file}: no such file; {remedy}")
+            if file.stat().st_size != expected["size"]:
+                raise CheckpointError(f"{file}: {file.stat().st_size} bytes instead of {expected['size']}; {remedy}")
+            with open(file, "rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != expected["sha256"]:
+                    raise CheckpointError(f"{file}: damaged, its sha256 is not that of {MANIFEST}; {remedy}")
+    return manifest
 
 
 def _write_json(path, value):
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with naming(path):
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------- GGUF
