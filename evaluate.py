@@ -12,9 +12,11 @@ Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -30,24 +32,35 @@ BATCH = 128  # prompts that generate together
 
 def setup_device():
     """(device, rank, number of ranks): this process's own GPU or the CPU, with a process group under torchrun or without."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     backend = "gloo" if device.type == "cpu" else "nccl"
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise DataError(f"--nproc_per_node: more ranks than this machine's {torch.cuda.device_count()} GPUs; give as many")
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, dist.get_rank(), world
 
 
-def fail(error):
-    """End with status 2 and one line. torchrun ends all ranks with the first, so the others wait: what all of them found is said once."""
+def check_vocabulary(tokenizer, config, path):
+    """A DataError unless every id of the tokenizer is a row of the model's embedding."""
+    largest = max(tokenizer.vocab_size - 1, tokenizer.bos_id, tokenizer.eos_id)
+    if largest >= config.vocab_size or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+        raise DataError(f"{path}: its tokenizer has ids up to {largest} (bos {tokenizer.bos_id}, eos {tokenizer.eos_id}), "
+                        f"its model's vocabulary {config.vocab_size}; copy both from one model")  # fmt: skip
+
+
+def fail(error, status=2):
+    """End with one line. torchrun ends all ranks with the first, so the others wait: what all of them found is said once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def predict(model, tokenizer, examples, progress=False):
@@ -101,7 +114,7 @@ def read_lineage(path):
     """The stages of a checkpoint, as its run.json lists them; none for a base model."""
     file = Path(path) / "run.json"
     if not file.exists() and file.with_name("metrics.jsonl").exists():
-        raise DataError(f"{path}: an unfinished run, without run.json; train it again")
+        raise DataError(f"{path}: an unfinished run, without run.json; finish it with train.py --resume")
     lineage = read_rows(file) if file.exists() else []
     if not isinstance(lineage, list) or not all(isinstance(entry, dict) and LINEAGE_FIELDS <= entry.keys() for entry in lineage):
         raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again")
@@ -364,6 +377,7 @@ def main():
     tokenizer = load_tokenizer(args.checkpoint)
     device, rank, _ = setup_device()
     model = load_model(args.checkpoint, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+    check_vocabulary(tokenizer, model.config, args.checkpoint)
     results = evaluate(args.checkpoint, model, tokenizer, sets, rank)
     if rank == 0:
         print(f"{'set':20} {'facts':>6} {'correct':>8} {'accuracy':>9}")

@@ -577,10 +577,10 @@ def save_model(model, path, dtype=None):
             if len(files) > 1:
                 size = sum(param.numel() for param in params.values()) * dtype.itemsize
                 weight_map = {name: file for file, names in zip(files, shards) for name in names}
-                _write_json(path / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
+                write_json(path / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
             type_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
-            _write_json(path / "config.json", model.config.raw | {type_key: str(dtype).removeprefix("torch.")})
-            _write_json(path / MANIFEST, {"files": digests})
+            write_json(path / "config.json", model.config.raw | {type_key: str(dtype).removeprefix("torch.")})
+            write_json(path / MANIFEST, {"files": digests})
 
 
 def whole(tensor):
@@ -641,10 +641,12 @@ def verify(folder, remedy):
     return manifest
 
 
-def _write_json(path, value):
+def write_json(path, value):
     temporary = path.with_name(path.name + ".tmp")
-    with naming(path):
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with naming(path), open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
         os.replace(temporary, path)
 
 
@@ -700,7 +702,7 @@ def convert_gguf(source, out):
         "torch_dtype": "bfloat16",
     }
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "config.json", raw)
+    write_json(out / "config.json", raw)
     model = build_model(Config.from_folder(out), torch.bfloat16)
     model.to_empty(device="cpu")
     params = dict(model.named_parameters())
@@ -722,7 +724,7 @@ def convert_gguf(source, out):
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ]}  # fmt: skip
-    _write_json(out / "tokenizer.json", {
+    write_json(out / "tokenizer.json", {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -736,7 +738,7 @@ def convert_gguf(source, out):
                   "merges": field("tokenizer.ggml.merges")},
     })  # fmt: skip
     names = {"bos_token": tokens[raw["bos_token_id"]], "eos_token": tokens[raw["eos_token_id"]]}
-    _write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
+    write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
 
 
 if __name__ == "__main__":

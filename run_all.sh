@@ -23,7 +23,7 @@ demo_model() {
 
 # run FOLDER train.py's arguments: one stage, then its evaluation.
 run() {
-  [ -e "$1/run.json" ] || "$python" train.py --out "$@" $precision
+  [ -e "$1/run.json" ] || "$python" train.py --out "$@" --resume $precision
   [ -e "$1/eval.json" ] || "$python" evaluate.py "$1" $evaluation
 }
 
