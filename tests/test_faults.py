@@ -1,0 +1,460 @@
+"""What a run survives, on real processes: kills at any moment, a dying rank, SIGTERM, full disks, damaged files.
+
+`pytest tests/test_faults.py --long` kills 50 runs instead of 10.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_train import COMMON, metrics, run, work  # noqa: F401: work is a fixture
+
+from model import CheckpointError, load_model, save_model
+
+# 30 steps, a state after every fourth.
+TRAIN = [*map(str, COMMON), "--epochs", "10", "--save-every", "4"]
+
+
+# ---------------------------------------------------------------- processes that start in no time
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A process that has imported PyTorch and the scripts, and forks one for each command."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    context.Process(target=int).start()
+    del os.environ["PYTHONPATH"]
+    return context
+
+
+def command(folder, output, environ, script, args):
+    """Become `python SCRIPT ARGS` in a folder, all that is printed going to file output."""
+    os.chdir(folder)
+    os.environ.update(environ)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [script, *args]
+    torch.set_num_threads(1)
+    if "FILE_LIMIT" in environ:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(environ["FILE_LIMIT"]),) * 2)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def start(server, folder, *args, ranks=1, script="train.py", **environ):
+    """The processes of one command, a rank each, as torchrun would start them; their output is in output.txt."""
+    (folder / "output.txt").unlink(missing_ok=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in (ours | environ).items()}
+        processes.append(server.Process(target=command, args=(folder, folder / "output.txt", environment, script, [str(a) for a in args])))
+        processes[-1].start()
+    return processes
+
+
+def finish(processes, folder):
+    """(exit statuses, output) of a command."""
+    for process in processes:
+        process.join(120)
+        assert process.exitcode is not None, "hangs"
+    return [process.exitcode for process in processes], (folder / "output.txt").read_text()
+
+
+def train(server, folder, *args, **options):
+    return finish(start(server, folder, *args, **options), folder)
+
+
+def outcome(out):
+    """All that must not depend on what happened on the way: weights, and the log but for its times."""
+    assert not list(out.glob("state-*")) and not list(out.glob("*.tmp"))
+    return (out / "model.safetensors").read_bytes(), [{k: v for k, v in row.items() if k != "seconds"} for row in metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(work, server):  # noqa: F811
+    """What runs on one rank and on two end with when nothing happens."""
+    outcomes = {}
+    for ranks in (1, 2):
+        statuses, output = train(server, work, *TRAIN, "--out", f"unbroken-{ranks}", ranks=ranks)
+        assert statuses == [0] * ranks, output
+        outcomes[ranks] = outcome(work / f"unbroken-{ranks}")
+    assert [row["step"] for row in outcomes[1][1]] == list(range(1, 31))
+    return outcomes
+
+
+# ---------------------------------------------------------------- kills
+
+
+def test_killed_at_any_moment(work, server, unbroken, request):  # noqa: F811
+    """kill -9 in steps, in saves of the state and in the last save: --resume ends with the unbroken run's weights and log, bit for bit."""
+    chance = random.Random(0)
+    hit = {"between saves": 0, "in a state's save": 0, "in the last save": 0}
+    for n in range(50 if request.config.getoption("--long") else 10):
+        ranks, out = 2 if n % 3 == 0 else 1, work / f"killed-{n}"
+        processes = start(server, work, *TRAIN, "--out", out, ranks=ranks)
+        step = chance.randint(1, 29)
+        moment = {
+            0: lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= step,
+            1: lambda: (out / f"state-{max(4, step // 4 * 4):06d}.tmp").exists(),
+            2: lambda: any(out.glob("model.safetensors*")),
+        }[n // 3 % 3]
+        while not moment() and processes[0].is_alive():
+            time.sleep(0.0002)
+        time.sleep(chance.uniform(0, 0.02))
+        for process in processes:
+            process.kill()
+        finish(processes, work)
+        if list(out.glob("state-*.tmp")):
+            hit["in a state's save"] += 1
+        elif list(out.glob("model.safetensors*")):
+            hit["in the last save"] += 1
+        else:
+            hit["between saves"] += 1
+        done = (out / "run.json").exists()
+        statuses, output = train(server, work, *TRAIN, "--out", out, "--resume", ranks=ranks)
+        assert statuses == ([2] if done else [0]) * ranks, output
+        assert outcome(out) == unbroken[ranks], (n, ranks, step)
+    print(hit)
+    assert all(hit.values()), hit
+
+
+def test_killed_again_and_again(work, server, unbroken):  # noqa: F811
+    """A run that is killed after each of its states, and goes on with one rank, two, four and two, ends with equal losses and one log."""
+    out = work / "again"
+    for ranks, last in ((1, 8), (2, 16), (4, 24), (2, None)):
+        processes = start(server, work, *TRAIN, "--out", out, "--resume", ranks=ranks)
+        while last and not list(out.glob(f"state-{last:06d}")):
+            assert processes[0].is_alive()
+            time.sleep(0.001)
+        for process in processes if last else []:
+            process.kill()
+        statuses, output = finish(processes, work)
+    assert statuses == [0, 0], output
+    rows, losses = metrics(out), [row["loss"] for row in unbroken[1][1]]
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-4)
+
+
+def test_ranks_agree(work, server, unbroken):  # noqa: F811
+    """One rank, two and four end with equal losses."""
+    assert train(server, work, *TRAIN, "--out", "four", ranks=4)[0] == [0] * 4
+    losses = [row["loss"] for row in unbroken[1][1]]
+    for rows in (unbroken[2][1], metrics(work / "four")):
+        assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-4)
+
+
+def slow_run(work, out):  # noqa: F811
+    """A run under torchrun that would last minutes, once it has made two steps: (torchrun, its ranks' process ids)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py", *TRAIN,
+               "--epochs", "3000", "--out", out]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    torchrun = subprocess.Popen(command, cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, end = work / out / "metrics.jsonl", time.time() + 120
+    while not log.exists() or log.read_text().count("\n") < 2:
+        assert torchrun.poll() is None and time.time() < end
+        time.sleep(0.05)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True, check=True)
+    return torchrun, sorted(map(int, children.stdout.split()))
+
+
+def test_one_rank_dies(work):  # noqa: F811
+    """kill -9 of one rank ends the whole job within a minute, and torchrun names the signal."""
+    torchrun, ranks = slow_run(work, "rank-died")
+    os.kill(ranks[1], signal.SIGKILL)
+    began = time.time()
+    _, errors = torchrun.communicate(timeout=60)
+    assert torchrun.returncode != 0 and time.time() - began < 60
+    assert "SIGKILL" in errors
+    assert not (work / "rank-died/run.json").exists()
+
+
+def test_sigterm(work):  # noqa: F811
+    """SIGTERM to torchrun: both ranks end their step, save it and say how to go on; the next run goes on there."""
+    torchrun, _ = slow_run(work, "terminated")
+    torchrun.terminate()
+    _, errors = torchrun.communicate(timeout=60)
+    assert torchrun.returncode != 0 and errors.count("go on with --resume") == 1, errors
+    (state,) = (work / "terminated").glob("state-*")
+    step = int(state.name.removeprefix("state-"))
+    assert [row["step"] for row in metrics(work / "terminated")] == list(range(1, step + 1))
+    assert not (work / "terminated/run.json").exists()
+
+
+def test_sigterm_loses_no_step(work, server, unbroken):  # noqa: F811
+    """A run stopped by SIGTERM has status 143, no state but that of its last step, and ends after --resume as if nothing had happened."""
+    out = work / "stopped"
+    processes = start(server, work, *TRAIN, "--save-every", 0, "--out", out)
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+        time.sleep(0.001)
+    processes[0].terminate()
+    statuses, output = finish(processes, work)
+    assert statuses == [143], output
+    statuses, output = train(server, work, *TRAIN, "--save-every", 0, "--out", out, "--resume")
+    assert statuses == [0] and "goes on after step" in output
+    assert outcome(out) == unbroken[1]
+
+
+# ---------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """resize(bytes) makes a disk of that size at resize.path, or None where mounting is not allowed."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path], capture_output=True).returncode:
+        yield None
+        return
+
+    def resize(size):
+        subprocess.run(["mount", "-o", f"remount,size={size}", path], check=True)
+
+    resize.path = path
+    yield resize
+    subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_disk_full(work, server, unbroken, small_disk, ranks):  # noqa: F811
+    """The second state does not fit: one line names it, the first stays, and with room the run ends as if nothing had happened."""
+    size = 12 * sum(t.numel() for t in load_file(work / "models/tiny/model.safetensors").values())
+    if small_disk:
+        out, limit = small_disk.path / "out", {}
+        small_disk(size * 3 // 2)
+        statuses, output = train(server, work, *TRAIN, "--out", out, ranks=ranks)
+        assert "no space left" in output
+    else:
+        out, limit = work / f"full-{ranks}", {"FILE_LIMIT": size // ranks // 2}
+        processes = start(server, work, *TRAIN, "--out", out, ranks=ranks)
+        while not (out / "state-000004").exists():
+            time.sleep(0.001)
+        for process in processes:
+            process.kill()
+        finish(processes, work)
+        statuses, output = train(server, work, *TRAIN, "--out", out, "--resume", ranks=ranks, **limit)
+        assert "file too large" in output
+    assert statuses == [1] * ranks, output
+    assert f"{out}/state-" in output and "--resume" in output and "Traceback" not in output
+    (state,) = out.glob("state-*")
+    assert state.suffix != ".tmp"
+    if small_disk:
+        small_disk(64 * 2**20)
+    statuses, output = train(server, work, *TRAIN, "--out", out, "--resume", ranks=ranks)
+    assert statuses == [0] * ranks and "goes on after step" in output, output
+    assert outcome(out) == unbroken[ranks]
+
+
+def test_disk_full_at_the_last_save(work, server, unbroken):  # noqa: F811
+    """Weights that cannot be written end the run with one line; the state stays, and --resume ends it."""
+    size = 4 * sum(t.numel() for t in load_file(work / "models/tiny/model.safetensors").values())
+    out = work / "full-at-the-end"
+    options = [*TRAIN, "--save-every", 0, "--out", out]
+    statuses, output = train(server, work, *options, FILE_LIMIT=size // 2)
+    assert statuses == [1] and f"{out}/model.safetensors: file too large" in output and "Traceback" not in output, output
+    assert not (out / "run.json").exists()
+    assert train(server, work, *options, "--resume")[0] == [0]
+    assert outcome(out) == unbroken[1]
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+
+
+def zero_tail(file):
+    size = file.stat().st_size
+    os.truncate(file, size - 1000)
+    os.truncate(file, size)
+
+
+DAMAGE = {
+    "truncated": lambda file: os.truncate(file, file.stat().st_size - 1000),
+    "zero-filled": zero_tail,
+    "bit-flipped": flip,
+    "missing": lambda file: file.unlink(),
+    "extra": lambda file: shutil.copy(file, file.with_name("extra.safetensors")),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_checkpoint(work, server, unbroken, tmp_path, what):  # noqa: F811
+    """A saved checkpoint that is not what was saved is refused by name: in load_model, and by the next stage and the evaluation."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(work / "unbroken-1", folder)
+    file = folder / "model.safetensors"
+    DAMAGE[what](file)
+    named = str(folder / "extra.safetensors" if what == "extra" else file)
+    with pytest.raises(CheckpointError, match=named):
+        load_model(folder)
+    for script, args in (("evaluate.py", [folder]), ("train.py", ["--stage", 2, "--model", folder, "--data", "bios", "--num-examples", 4])):
+        statuses, output = train(server, work, *args, script=script)
+        assert statuses == [2] and output.splitlines()[-1].startswith(f"{script}: {named}: "), output
+
+
+def test_damaged_shards(tmp_path, work, monkeypatch):  # noqa: F811
+    """The same holds for a checkpoint in shards, wherever the damage is."""
+    monkeypatch.setattr("model.SHARD_BYTES", 100_000)
+    save_model(load_model(work / "models/tiny", torch.float32), tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    load_model(tmp_path)
+    for shard in shards:
+        content = shard.read_bytes()
+        flip(shard)
+        with pytest.raises(CheckpointError, match=str(shard)):
+            load_model(tmp_path)
+        shard.write_bytes(content)
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=str(shards[1])):
+        load_model(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def interrupted(work, server):  # noqa: F811
+    """A run on two ranks that was killed after a state."""
+    out = work / "interrupted"
+    processes = start(server, work, *TRAIN, "--out", out, ranks=2)
+    while not (out / "state-000008").exists():
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+    finish(processes, work)
+    return out
+
+
+@pytest.mark.parametrize("what", [*DAMAGE, "manifest", "log"])
+def test_damaged_state(work, server, interrupted, what):  # noqa: F811
+    """A state that is not what was saved ends --resume with status 2 and its name; nothing is trained again in silence."""
+    out = interrupted.with_name(f"damaged-{what}")
+    shutil.copytree(interrupted, out)
+    state = max(path for path in out.glob("state-*") if path.suffix != ".tmp")
+    file = state / "rank-00001-of-00002.safetensors"
+    if what == "manifest":
+        named = state / "manifest.json"
+        named.write_text(named.read_text()[:100])
+    elif what == "log":
+        named = out / "metrics.jsonl"
+        named.write_text(named.read_text()[:100])
+    else:
+        DAMAGE[what](file)
+        named = file.with_name("extra.safetensors") if what == "extra" else file
+    ranks = 2 if what == "bit-flipped" else 1
+    statuses, output = train(server, work, *TRAIN, "--out", out, "--resume", ranks=ranks)
+    assert statuses == [2] * ranks and f"train.py: {named}: " in output and "Traceback" not in output, output
+    assert state.exists() and not (out / "run.json").exists()
+
+
+def test_weight_not_a_number(work, server, tmp_path):  # noqa: F811
+    """A NaN in a checkpoint's weights ends the next stage before its first step, under two ranks too, though only one of them reads it."""
+    model = load_model(work / "models/tiny", torch.float32)
+    model.model.norm.weight.data[-1] = float("nan")
+    save_model(model, tmp_path)
+    shutil.copy(work / "models/tiny/tokenizer.model", tmp_path)
+    statuses, output = train(server, work, *TRAIN, "--model", tmp_path, "--out", "nan", ranks=2)
+    assert statuses == [2, 2] and f"{tmp_path}/model.safetensors: tensor model.norm.weight holds NaN" in output and "Traceback" not in output, output
+
+
+def test_nothing_supervised(work, server):  # noqa: F811
+    """Examples cut before their answer are left out, and a rank whose share of a batch is empty changes nothing."""
+    facts = [{"id": f"f{i}", "prompt": "p" * (200 if i % 2 else 2), "response": "r" * 5} for i in range(5)]
+    (work / "half.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    losses = {}
+    for ranks in (1, 4):
+        args = ["--stage", 1, "--model", "models/tiny", "--data", "half.jsonl", "--num-examples", 5, "--max-length", 60, "--epochs", 2, "--batch-size", 2,
+                "--precision", "fp32", "--out", f"half-{ranks}"]  # fmt: skip
+        statuses, output = train(server, work, *args, ranks=ranks)
+        assert statuses == [0] * ranks and output.count("2 examples have no answer") == 1, output
+        losses[ranks] = [row["loss"] for row in metrics(work / f"half-{ranks}")]
+    assert len(losses[1]) == 4 and losses[4] == pytest.approx(losses[1], abs=1e-5)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("options, difference", [
+    (["--lr", "0.002"], "lr was 0.001, now 0.002"),
+    (["--mix-words", "4"], "mix_sha256 was"),
+    (["--eval-every", "7"], "eval_every was 100, now 7"),
+    (["--data", "kvr-id"], "data was kvr, now kvr-id"),
+    (["--precision", "bf16"], "precision was fp32, now bf16"),
+])  # fmt: skip
+def test_other_settings(work, server, interrupted, options, difference):  # noqa: F811
+    """--resume with other settings or data prints what differs and stops."""
+    statuses, output = train(server, work, *TRAIN, *options, "--out", interrupted, "--resume")
+    assert statuses == [2] and difference in output, output
+
+
+def test_folder_of_an_unfinished_run(work, server, interrupted):  # noqa: F811
+    """Without --resume an unfinished run is not overwritten; with it, a folder without a state begins at the first step."""
+    statuses, output = train(server, work, *TRAIN, "--out", interrupted)
+    assert statuses == [2] and "--resume" in output and list(interrupted.glob("state-*")), output
+    assert train(server, work, *TRAIN, "--out", "new", "--resume")[0] == [0]
+
+
+def test_two_runs_in_one_folder(work, server):  # noqa: F811
+    """The second run in a folder is refused while the first one lives."""
+    (work / "shared").mkdir()
+    with open(work / "shared/metrics.jsonl", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        statuses, output = train(server, work, *TRAIN, "--out", "shared", "--resume")
+        assert statuses == [2] and "another run is writing there" in output, output
+    assert train(server, work, *TRAIN, "--out", "shared", "--resume")[0] == [0]
+
+
+# ---------------------------------------------------------------- precisions and plans
+
+
+@pytest.mark.parametrize("options", [["--precision", "bf16-mixed"], ["--precision", "bf16"], ["--precision", "fp32", "--checkpoint-activations"]])
+def test_precisions_go_on(work, server, options):  # noqa: F811
+    """Each precision ends after SIGTERM and --resume with the weights of a run that was not stopped."""
+    name = "-".join(options).strip("-")
+    options = [*TRAIN, *options]
+    assert train(server, work, *options, "--out", f"{name}-unbroken")[0] == [0]
+    processes = start(server, work, *options, "--out", f"{name}-stopped")
+    while not (work / f"{name}-stopped/metrics.jsonl").exists() or not (work / f"{name}-stopped/metrics.jsonl").stat().st_size:
+        time.sleep(0.001)
+    processes[0].terminate()
+    assert finish(processes, work)[0] == [143]
+    assert train(server, work, *options, "--out", f"{name}-stopped", "--resume")[0] == [0]
+    assert outcome(work / f"{name}-stopped") == outcome(work / f"{name}-unbroken")
+
+
+def test_recomputed_activations(work, server, unbroken):  # noqa: F811
+    """--checkpoint-activations changes no bit, on two ranks."""
+    assert train(server, work, *TRAIN, "--checkpoint-activations", "--out", "recomputed", ranks=2)[0] == [0, 0]
+    assert outcome(work / "recomputed") == unbroken[2]
+
+
+def test_dry_run(work, server):  # noqa: F811
+    """--dry-run reads no weights, counts steps and tokens as the run does, and refuses what does not fit with what would."""
+    folder = work / "planned"
+    statuses, output = train(server, work, *TRAIN, "--out", folder, "--dry-run", "8", "--gpu-memory", "80")
+    assert statuses == [0] and "at most 30 steps" in output and not folder.exists(), output
+    log = metrics(work / "unbroken-1")
+    assert f"{sum(row['tokens'] for row in log)} tokens" in output
+    statuses, output = train(server, work, *TRAIN, "--out", folder, "--dry-run", "2", "--gpu-memory", "1.5")
+    assert statuses == [2] and "none of the options" in output, output
