@@ -374,21 +374,23 @@ def memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu):
             own += 2 * rows * config.num_attention_heads * length**2 * size  # the scores and their softmax
         return own + layers * rows * length * C * size if recomputed else layers * own
 
-    forward = {"activations": max(activations(*group) for group in padded),
-               "logits": answers * V * 4 * 3}  # in fp32: the logits, their softmax, its gradient
-    if ranks > 1:
-        gathered = {"gathered weights": (root + 2 * block) * size}  # the root, a block and the next one
-    else:
-        gathered = {"gathered weights": n_params * size}  # they are kept
-    # At the end of the backward pass the root's gradients are whole, and once more in fp32 to be reduced.
-    backward = {"whole gradients": root * (size + 4) + (root * 4 // ranks if kept == 4 or gpu else 0)}
+    def gathered(blocks):  # a rank alone keeps all it has gathered
+        return {"gathered weights": n_params * size if ranks == 1 else (root + min(blocks, layers) * block) * size}
+
+    # Gradients are reduced in fp32: a whole copy, this rank's rows of it, and within gloo a second whole copy.
+    reduced = 4 * (1 + 1 / ranks + (ranks > 1 and not gpu))
+    moments = [
+        gathered(2) | {"activations": max(activations(*group) for group in padded),
+                       "logits": answers * V * 4 * 3},  # in fp32: the logits, their softmax, its gradient
+        gathered(min(1, layers - 1)) | {"whole gradients": int(root * size + block * reduced)},  # the root's wait for the end
+        {"whole gradients": int(root * (size + reduced))},
+    ]  # fmt: skip
     return {
         "weights": n_params * kept // ranks,
         "gradients": n_params * kept // ranks,
         "moments": 2 * n_params * kept // ranks,
-        **gathered,
-        **max(forward, backward, key=lambda moment: sum(moment.values())),
-        "libraries": int(1.5e9 if gpu else 0.35e9),  # the CUDA context and NCCL's buffers; on a CPU Python and PyTorch
+        **max(moments, key=lambda moment: sum(moment.values())),
+        "libraries": int(1.5e9 if gpu else 0.3e9),  # the CUDA context and NCCL's buffers; on a CPU Python and PyTorch
     }
 
 
