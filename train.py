@@ -335,24 +335,29 @@ def plan(args, config, lineage, tokenizer):
     parts = need()
     of = "a GPU" if gpu else "a rank"
     folder = next(parent for parent in [Path(args.out).resolve(), *Path(args.out).resolve().parents] if parent.exists())
-    checkpoint, state = n_params * weights_dtype(args.model).itemsize, 3 * n_params * (2 if args.precision == "bf16" else 4)
+    stored = 4 if "float32" in (config.raw.get("dtype"), config.raw.get("torch_dtype")) else 2  # bytes a weight: the folder may lack them yet
+    checkpoint, state = n_params * stored, 3 * n_params * (2 if args.precision == "bf16" else 4)
     disk, free = checkpoint + state * (2 if 0 < args.save_every < total else 1), shutil.disk_usage(folder).free
     gb = lambda size: f"{size / 1e9:.1f}" if size >= 5e7 else f"{size / 1e9:.3f}"
-    print(f"{args.model}: {n_params / 1e9:.3f} billion parameters, {args.precision}, {ranks} ranks")
+    print(f"{args.model}: {n_params / 1e9:.3f} billion parameters, {args.precision}, {ranks} rank{'s' * (ranks > 1)}")
     print(f"data: {len(encoded)} examples, {sum(lengths)} tokens an epoch, at most {total} steps and {args.epochs * sum(lengths)} tokens")
     print(f"memory {of}: {gb(sum(parts.values()))} GB = " + " + ".join(f"{what} {gb(size)}" for what, size in parts.items()))
     print(f"disk: checkpoint {gb(checkpoint)} GB, state {gb(state)} GB; at most {gb(disk)} GB, {gb(free)} GB are free in {folder}")
-    if disk > free:
-        raise DataError(f"{folder}: {gb(free)} GB free, {gb(disk)} GB needed; make room, or give another --out" + ", or --save-every 0" * (args.save_every > 0))
+    problems = []
     share = 1 if gpu else ranks  # without GPUs all ranks are taken to share this machine's memory
     if sum(parts.values()) * share > room:
-        more = [2**i for i in range(11) if 2**i > ranks] if gpu else []
         ways = {"--checkpoint-activations": {"recomputed": True}, "--precision bf16": {"precision": "bf16"},
-                "both of these": {"recomputed": True, "precision": "bf16"}} | {f"{n} ranks": {"ranks": n} for n in more}  # fmt: skip
+                "both of these": {"recomputed": True, "precision": "bf16"}}  # fmt: skip
         fitting = [way for way, change in ways.items() if sum(need(**change).values()) * share <= room]
-        fitting = [way for way in fitting if "ranks" not in way] + [way for way in fitting if "ranks" in way][:1]
-        raise DataError(f"{args.model}: {gb(sum(parts.values()))} GB needed for {of}, {gb(room / share)} GB there; "
-                        + (f"what would fit: {', '.join(fitting)}" if fitting else "none of the options makes it fit"))  # fmt: skip
+        more = [n for n in (2**i for i in range(11)) if gpu and n > ranks and sum(need(ranks=n).values()) <= room]
+        fitting += [f"{n} ranks" for n in more[:1]]
+        problems.append(f"{gb(sum(parts.values()))} GB needed for {of}, {gb(room / share)} GB there; "
+                        + (f"what would fit: {', '.join(fitting)}" if fitting else "neither recomputing nor bf16 nor more ranks makes it fit"))  # fmt: skip
+    if disk > free:
+        less = ", or --save-every 0" if args.save_every and checkpoint + state <= free else ""
+        problems.append(f"{gb(disk)} GB needed on disk, {gb(free)} GB free in {folder}; make room, or give another --out{less}")
+    if problems:
+        raise DataError(f"{args.model}: {'; '.join(problems)}")
 
 
 def memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu):

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_train import COMMON, metrics, run, work  # noqa: F401: work is a fixture
+from test_train import COMMON, CONFIG, metrics, work  # noqa: F401: work is a fixture
 
 from model import CheckpointError, load_model, save_model
 
@@ -449,12 +449,21 @@ def test_recomputed_activations(work, server, unbroken):  # noqa: F811
     assert outcome(work / "recomputed") == unbroken[2]
 
 
-def test_dry_run(work, server):  # noqa: F811
+def test_dry_run(work, server, unbroken):  # noqa: F811
     """--dry-run reads no weights, counts steps and tokens as the run does, and refuses what does not fit with what would."""
     folder = work / "planned"
     statuses, output = train(server, work, *TRAIN, "--out", folder, "--dry-run", "8", "--gpu-memory", "80")
     assert statuses == [0] and "at most 30 steps" in output and not folder.exists(), output
     log = metrics(work / "unbroken-1")
     assert f"{sum(row['tokens'] for row in log)} tokens" in output
-    statuses, output = train(server, work, *TRAIN, "--out", folder, "--dry-run", "2", "--gpu-memory", "1.5")
-    assert statuses == [2] and "none of the options" in output, output
+    # The tiny model takes next to nothing beside the 1.5 GB of CUDA's context.
+    statuses, output = train(server, work, *TRAIN, "--out", folder, "--dry-run", "2", "--gpu-memory", "1.4")
+    assert statuses == [2] and "neither" in output, output
+    # Llama-3-8B's sizes, without its weights: two GPUs of 48 GB are too small, eight are not.
+    (work / "models/large").mkdir()
+    sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    (work / "models/large/config.json").write_text(json.dumps(CONFIG | sizes))
+    shutil.copy(work / "models/tiny/tokenizer.model", work / "models/large")
+    options = [*TRAIN, "--model", "models/large", "--precision", "bf16-mixed", "--out", folder, "--save-every", "0", "--gpu-memory", "48"]
+    statuses, output = train(server, work, *options, "--dry-run", "2")
+    assert statuses == [2] and "8.030 billion" in output and "what would fit: --precision bf16, both of these, 4 ranks" in output, output

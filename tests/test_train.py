@@ -87,6 +87,7 @@ def plain_loop(work):
     ("accumulation", None, ["--micro-tokens", 200]),
     ("two ranks", 2, []),
     ("two ranks, accumulation", 2, ["--micro-tokens", 200]),
+    ("compiled and recomputed", None, ["--compile", "--checkpoint-activations"]),
 ])  # fmt: skip
 def test_three_steps_equal_the_plain_loop(work, name, ranks, options):
     """Losses and weights of three steps are those of the hand-written loop, whatever the ranks and micro-batches."""
