@@ -423,20 +423,27 @@ def build_model(config, dtype):
 
 
 @torch.no_grad()
-def load_weights(model, path):
+def load_weights(model, path, only=None):
     """Copy a folder's tensors into model, strictly; where a parameter is sharded over ranks, each rank reads its own rows alone.
 
     Under torch.distributed every rank calls it. A folder with a manifest is first compared with it.
     Files are mapped and let go tensor by tensor, so memory holds this rank's rows of the model and of one tensor.
+    only: names of the parameters to copy; the others stay as they are, and the folder is taken as compared before.
     """
     path = Path(path)
-    if (path / MANIFEST).exists():
-        verify(path, "the checkpoint is not what was saved: restore it, or train it again")
+    if only is None:
+        check_saved(path)
     with together():
-        _copy_weights(model, path)
+        _copy_weights(model, path, only)
 
 
-def _copy_weights(model, path):
+def check_saved(path):
+    """Compare a checkpoint with its manifest, if it has one."""
+    if (Path(path) / MANIFEST).exists():
+        verify(Path(path), "the checkpoint is not what was saved: restore it, or train it again")
+
+
+def _copy_weights(model, path, only):
     params = dict(model.named_parameters())
     where = _tensor_files(path)
     # Old Llama files carry the RoPE frequencies, and some tied models the embedding once more as their head.
@@ -447,6 +454,8 @@ def _copy_weights(model, path):
     for name in where.keys() - params.keys() - unused:
         raise CheckpointError(f"{where[name]}: tensor {name} is not in the model that config.json describes; copy both from one checkpoint")
     for name, param in params.items():
+        if only is not None and name not in only:
+            continue
         with _open_shard(where[name]) as shard:
             tensor = shard.get_slice(name)
             if tensor.get_dtype() not in FLOAT_TYPES:

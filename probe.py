@@ -1,0 +1,732 @@
+"""Where the facts are: at which layer they can be read, what pulls them away, and where they were lost.
+
+    python probe.py CKPT                                   # logit lens on the first stage's facts (section 5, figures 4, 11, 12)
+    python probe.py CKPT CKPT ... --out figure4.png        # and the paper's figure 4, one line a checkpoint
+    python probe.py STAGE1 --gradients --mix pydoc         # interference meter (section 4.1, appendix A): what a step on D_B does to D_A
+    python probe.py STAGE2 --transplant STAGE1             # put stage 1's blocks back and ask again: where were the facts lost?
+    python probe.py STAGE2 --recover 8                     # relearn 8 lost facts: do the others return with them?
+    torchrun --nproc_per_node 8 probe.py CKPT ...          # any of these over several ranks
+
+D_A is always the facts of the first stage. Each writes JSON and a picture into CKPT: probe.NAME, gradients, transplant, recover.
+The checkpoint itself is only read.
+
+Axes: L layers, n answer tokens, V vocabulary, P parameters.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
+
+from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, micro_batches, resolve, set_label, write_file
+from evaluate import fail, is_correct, mix_label, model_name, predict, read_lineage, read_rows, setup_device, stage_facts
+from model import CheckpointError, Config, load_model, load_weights
+from train import batches, build_sharded, collate, learning_rate
+
+TOP_K = 10  # section 5
+MICRO_TOKENS = 2048  # most tokens of a forward pass, padding included
+HEAD_ROWS = 256  # positions whose logits exist at a time
+
+
+def main():
+    args = parse_args()
+    stages = {path: read_lineage(path) for path in args.checkpoints}
+    for path in args.checkpoints + [args.transplant] * bool(args.transplant):
+        Config.from_folder(path)
+    device, rank, _ = setup_device()
+    if args.gradients:
+        measure_gradients(args, stages, device, rank)
+    elif args.transplant:
+        transplant(args, args.checkpoints[0], stages[args.checkpoints[0]], device, rank)
+    elif args.recover:
+        recover(args, args.checkpoints[0], stages[args.checkpoints[0]], device, rank)
+    else:
+        probe(args, stages, device, rank)
+    gc.collect()  # Gloo can abort at exit while sharded tensors are alive.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def parse_args():
+    parser = Parser(description="Where the facts are.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="folders of finished stages, or of a base model with --data")
+    parser.add_argument("--data", nargs="+", metavar="NAME", help="lens: sets to probe, not the first stage's; --gradients: the D_B, not those of the runs below CKPT")
+    parser.add_argument("--num-examples", type=int, metavar="N", help="only the first N facts; of other sets the first N (2000 if not given)")
+    parser.add_argument("--data-dir", default="data", help="folder of flat files")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the lens and the transplant; --gradients is fp32")
+    parser.add_argument("--seed", type=int, default=0, help="of sampled batches")
+    parser.add_argument("--batch-size", type=int, default=32, help="examples of a sampled batch or a step")
+    parser.add_argument("--lr", type=float, help="step size of --gradients and --recover; if not given, the checkpoint's own first stage's")
+    # logit lens
+    parser.add_argument("--first-token", action="store_true", help="look at each answer's first token alone")
+    parser.add_argument("--no-base", action="store_true", help="do not probe the base model for comparison")
+    parser.add_argument("--out", metavar="FILE.png", help="draw figure 4: all checkpoints, layers against frequency")
+    # the other three
+    parser.add_argument("--gradients", action="store_true", help="interference of D_B, and of D_B with D_M, with D_A")
+    parser.add_argument("--mix", default="none", help="with --gradients and --data: D_M")
+    parser.add_argument("--mix-ratio", type=float, default=2.0, help="examples of D_M for each of D_B")
+    parser.add_argument("--mix-words", type=int, default=DEFAULT_WORDS, help="length of D_M's passages in words")
+    parser.add_argument("--batches", type=int, default=4, help="sampled batches")
+    parser.add_argument("--transplant", metavar="OTHER", help="put blocks of this checkpoint into CKPT")
+    parser.add_argument("--grid", type=int, default=7, help="with --transplant: groups of blocks; all their windows are tried")
+    parser.add_argument("--recover", type=int, metavar="N", help="train on N of the facts that CKPT lost")
+    parser.add_argument("--steps", type=int, default=8, help="with --recover: steps of training")
+    args = parser.parse_args()
+    for name in ("num_examples", "batch_size", "batches", "grid", "recover", "steps", "mix_words", "lr"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and (name == "lr" or value >= 1)):
+            raise DataError(f"--{name.replace('_', '-')} must be above 0")
+    if args.mix_ratio < 0 or args.gradients + bool(args.transplant) + bool(args.recover) > 1:
+        raise DataError("--mix-ratio cannot be negative, and --gradients, --transplant and --recover exclude each other")
+    if (args.transplant or args.recover) and len(args.checkpoints) > 1:
+        raise DataError("--transplant and --recover take one checkpoint")
+    if args.mix != "none" and not (args.gradients and args.data):
+        raise DataError("--mix goes with --gradients and --data, which names the D_B")
+    return args
+
+
+def first_facts(args, path, lineage):
+    """(the stage that learned D_A, D_A): the first stage whose set is one of facts."""
+    for entry in lineage:
+        facts = stage_facts(entry, args.data_dir)
+        if facts:
+            return entry, facts[: args.num_examples]
+    raise DataError(f"{path}: no stage in its run.json learned facts; name a trained checkpoint, or for the lens a set with --data")
+
+
+def write_json(path, value):
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------- logit lens
+
+
+def probe(args, stages, device, rank):
+    """The lens on every checkpoint: CKPT/probe.NAME.json and .png, a table, and figure 4 where --out asks for it."""
+    results, base_models = [], {}
+    for path, lineage in stages.items():
+        if args.data:
+            sets = {set_label(name): load_examples(name, args.num_examples or 2000, args.data_dir)[0] for name in args.data}
+        else:
+            entry, facts = first_facts(args, path, lineage)
+            sets = {set_label(entry["data"]): facts}
+        for name, facts in sets.items():
+            if any("messages" in fact for fact in facts):
+                raise DataError(f"{name}: holds chats, which have no single right answer; name sets of facts")
+            result, ranks = probe_one(args, path, facts, device)
+            base_model = lineage[0]["base_model"] if lineage else None
+            if base_model and (Path(base_model) / "config.json").exists() and not args.no_base:
+                key = (base_model, json.dumps(facts))
+                if key not in base_models:
+                    base_models[key] = probe_one(args, base_model, facts, device)[0]
+                result["floor"]["base_model"] = {k: base_models[key][k] for k in result["floor"]["shuffled"]} | {"accuracy": base_models[key]["accuracy"]}
+            results.append((name, mix_label(lineage) if lineage else model_name(path), result))
+            if rank == 0:
+                print_lens(path, name, result)
+                write_json(Path(path) / f"probe.{name}.json", result)
+                draw_ranks(ranks, result, f"{path}: {name}", Path(path) / f"probe.{name}.png")
+    if args.out and rank == 0:
+        draw_figure4(results, args.out)
+        print(f"-> {args.out}")
+
+
+def probe_one(args, path, facts, device):
+    """(what probe.NAME.json says of a model folder, the rank of each fact's worst token (L + 1, facts))."""
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+    correct = [is_correct(p, fact["response"]) for p, fact in zip(predict(model, tokenizer, facts, progress=True), facts)]
+    ranks, log_probs, floor, owner = read_layers(model, tokenizer, facts, args.first_token)
+    shuffled = summary(*floor)
+    shuffled.pop("median_rank"), shuffled.pop("log_prob")
+    result = {"layers": model.config.num_hidden_layers, "top_k": TOP_K, **summary(ranks, log_probs), "total": ranks.shape[1],
+              "accuracy": 100 * sum(correct) / len(facts), "facts": len(facts), "first_token": args.first_token,
+              "floor": {"shuffled": shuffled}}  # fmt: skip
+    worst = torch.stack([ranks[:, owner == i].amax(1) for i in range(len(facts))], dim=1)
+    return result, (worst, torch.tensor(correct))
+
+
+def summary(ranks, log_probs):
+    """ranks, log_probs (L + 1, n) -> per layer: how many right tokens are in the top 10 ("hits"; "frequency" of all n) and how
+    many are there for the first time ("first_hits"; "first_share" of all that ever are), median rank and mean log-probability.
+
+    Section 5 defines figure 4 by first occurrences, its caption by occurrences: first_share is the former, frequency the latter.
+    """
+    hit = ranks <= TOP_K
+    first = hit & (hit.cumsum(0) == 1)
+    hits, first_hits = hit.sum(1), first.sum(1)
+    return {"hits": hits.tolist(), "first_hits": first_hits.tolist(), "frequency": (hits / ranks.shape[1]).tolist(),
+            "first_share": (first_hits / max(1, int(first_hits.sum()))).tolist(), "median_rank": ranks.double().quantile(0.5, dim=1).tolist(),
+            "log_prob": log_probs.double().mean(1).tolist()}  # fmt: skip
+
+
+@torch.no_grad()
+def read_layers(model, tokenizer, facts, first_token=False):
+    """Read every answer token off every layer, at the position that predicts it; facts are shared out over the ranks.
+
+    Returns (ranks (L + 1, n), 1 the most likely; log-probabilities (L + 1, n); the same two for the floor, where each token is
+    that of another fact's answer; which fact each of the n tokens belongs to (n)). The eos after an answer is no part of it.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    encoded = [encode_example(tokenizer, fact) for fact in facts]
+    places = [[t for t, label in enumerate(labels) if label != -100][:-1][: 1 if first_token else None] for _, labels in encoded]
+    answers = [[ids[t] for t in at] for (ids, _), at in zip(encoded, places)]
+    others = shuffled_answers(answers)
+    owner = torch.tensor([i for i, at in enumerate(places) for _ in at])
+    start = [0, *itertools.accumulate(map(len, places))]
+    device = model.model.embed_tokens.weight.device
+    found = torch.zeros(4, model.config.num_hidden_layers + 1, len(owner), device=device, dtype=torch.float64)
+    groups = micro_batches({i: len(ids) for i, (ids, _) in enumerate(encoded)}, MICRO_TOKENS, world)
+    check_lens(model, *positions(groups[0][:4], encoded, places, device))
+    for k in tqdm(range(0, len(groups), world), desc="lens", disable=rank > 0):
+        group = groups[k + rank]
+        ids, rows, at = positions(group, encoded, places, device)
+        # Of (L + 1, B, T, C) only what predicts an answer token stays: (L + 1, n, C).
+        hidden = model(ids, return_hidden=True)[:, rows, at]
+        columns = torch.tensor([j for i in group for j in range(start[i], start[i + 1])], dtype=torch.long, device=device)
+        targets = torch.tensor([pair for i in group for pair in zip(answers[i], others[i])], device=device).view(-1, 2)
+        for layer, residual in enumerate(hidden):
+            for x, target, column in zip(residual.split(HEAD_ROWS), targets.split(HEAD_ROWS), columns.split(HEAD_ROWS)):
+                found[:, layer, column] = read(lens(model, x), target)
+    if world > 1:
+        dist.all_reduce(found)
+    ranks, log_probs, floor_ranks, floor_log_probs = found.cpu()
+    return ranks.long(), log_probs, (floor_ranks.long(), floor_log_probs), owner
+
+
+def lens(model, hidden):
+    """Residuals (..., C) of any layer -> logits (..., V), as if the model ended there: the final norm with these residuals' own
+    statistics, then the output embedding (nostalgebraist, 2020)."""
+    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    return F.linear(model.model.norm(hidden), head.weight)
+
+
+def read(logits, targets):
+    """logits (n, V), targets (n, 2) -> (4, n): rank and log-probability of the first targets, then of the second.
+
+    Of equal logits, frequent in bf16, the lower id comes first, as in a greedy choice.
+    """
+    logits = logits.float()
+    total = logits.logsumexp(-1)
+    found = []
+    for target in targets.T[..., None]:  # (n, 1)
+        own = logits.gather(1, target)
+        above = (logits > own).sum(1)
+        tied = (logits == own).nonzero()  # few
+        above += torch.bincount(tied[tied[:, 1] < target[tied[:, 0], 0], 0], minlength=len(target))
+        found += [1 + above, own[:, 0] - total]
+    return torch.stack([row.double() for row in found])
+
+
+def positions(group, encoded, places, device):
+    """A group's ids (B, T), and row and position (n), (n) of what predicts each answer token: the position before it."""
+    ids, _ = collate([encoded[i] for i in group], device)
+    rows = [row for row, i in enumerate(group) for _ in places[i]]
+    at = [t - 1 for i in group for t in places[i]]
+    return ids, torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(at, dtype=torch.long, device=device)
+
+
+def check_lens(model, ids, rows, at):
+    """The last layer's lens must be the model's own logits, but for the rounding of a product of another shape."""
+    ours, logits = lens(model, model(ids, return_hidden=True)[-1, rows, at]).float(), model(ids)[rows, at].float()
+    worst = ((ours - logits).abs().max() / logits.abs().max()).item()
+    if not worst <= (1e-5 if model.model.norm.weight.dtype == torch.float32 else 2**-7):
+        raise RuntimeError(f"the last layer's lens differs from the model's logits by {worst:.1e} of the largest")
+
+
+def shuffled_answers(answers, seed=0):
+    """Lists of token ids -> lists as long, each token taken from the same place of another answer, each token used once.
+
+    Letters and digits are frequent whatever the fact: what the lens reads of these is the floor.
+    """
+    order = random.Random(f"floor {seed}").sample(range(len(answers)), len(answers))
+    others = [list(answer) for answer in answers]
+    for j in range(max(map(len, answers))):
+        have = [i for i in order if len(answers[i]) > j]
+        for i, other in zip(have, have[1:] + have[:1]):
+            others[i][j] = answers[other][j]
+    return others
+
+
+def print_lens(path, name, result):
+    base = result["floor"].get("base_model", {})
+    shown = "first answer tokens" if result["first_token"] else "answer tokens"
+    print(f"{path}: {name}, {result['accuracy']:.1f}% of {result['facts']} facts; {result['total']} {shown}, top {TOP_K}")
+    print(f"{'layer':>5} {'frequency':>10} {'shuffled':>9} {'base':>7} {'first here':>11} {'median rank':>12} {'log prob':>9}")
+    for layer in range(result["layers"] + 1):
+        of_base = f"{base['frequency'][layer]:7.3f}" if base else f"{'-':>7}"
+        print(f"{layer:5} {result['frequency'][layer]:10.3f} {result['floor']['shuffled']['frequency'][layer]:9.3f} {of_base} "
+              f"{result['first_share'][layer]:11.3f} {result['median_rank'][layer]:12.1f} {result['log_prob'][layer]:9.2f}")  # fmt: skip
+
+
+# ---------------------------------------------------------------- interference meter
+
+
+def measure_gradients(args, stages, device, rank):
+    """The gradients of D_A, D_B and D_M at each checkpoint: CKPT/gradients.json and .png, and predicted against measured forgetting.
+
+    With theta_A the first checkpoint named and theta'_A another (or the same), appendix A.1's terms are
+    Delta_1 = L(theta_A; D_A) - L(theta'_A; D_A) and, to first order, Delta_2 = (change of D_A's loss by a step on D_B from theta_A)
+    - (change by a step on D_B, with D_M if there is one, from theta'_A); above zero means less forgetting.
+    """
+    predicted, measured, baseline = [], [], None
+    if rank == 0:
+        print(f"{'stage 1':>16} {'D_B':>10} {'D_M':>8} {'|g_A|':>8} {'|g_B|':>8} {'cos(A,B)':>15} {'cos(A,M)':>9} "
+              f"{'first order':>22} {'real':>10} {'Delta_1':>9} {'Delta_2':>9} {'forgotten':>9}")  # fmt: skip
+    for path, lineage in stages.items():
+        stage, facts = first_facts(args, path, lineage)
+        steps, lr = stage_two_steps(args, path, lineage, set_label(stage["data"])), args.lr or stage["lr"]
+        rows, layers, loss = meter(args, path, facts, steps, lr, device)
+        baseline = baseline or {"loss": loss, "B": {row["data"]: row["first_order"]["B"]["mean"] for row in rows}}
+        for row, step in zip(rows, steps):
+            own = "B+M" if row["mix"] else "B"
+            row["delta_1"] = baseline["loss"] - loss
+            row["delta_2"] = baseline["B"][row["data"]] - row["first_order"][own]["mean"] if row["data"] in baseline["B"] else None
+            row["forgotten"] = step["forgotten"]
+            if row["forgotten"] is not None:
+                predicted.append(row["first_order"][own]["mean"])
+                measured.append(row["forgotten"])
+            if rank == 0:
+                print_row(Path(path).name, row, own)
+        if rank == 0:
+            write_json(Path(path) / "gradients.json", {"data": set_label(stage["data"]), "loss": loss, "lr": lr, "batches": args.batches,
+                                                       "batch_size": args.batch_size, "layers": layers, "rows": rows})  # fmt: skip
+            draw_gradients(rows, layers, f"{path}: D_A is {set_label(stage['data'])}", Path(path) / "gradients.png")
+    if rank == 0 and len(measured) > 1:
+        print(f"Spearman's rank correlation of first-order change and forgetting: {spearman(predicted, measured):.2f} over {len(measured)} runs")
+
+
+def stage_two_steps(args, path, lineage, name):
+    """The D_B and D_M whose steps are measured: those of --data and --mix, or else of the finished runs below the checkpoint.
+
+    forgotten: percentage points of D_A's accuracy that the run lost, where both were evaluated.
+    """
+    accuracy = lambda folder: read_rows(folder / "eval.json").get(name, {}).get("accuracy") if (folder / "eval.json").exists() else None
+    runs = {}
+    for file in sorted(Path(path).glob("*/**/run.json")):
+        child = read_lineage(file.parent)
+        if child[:-1] == lineage:
+            before, after = accuracy(Path(path)), accuracy(file.parent)
+            runs.setdefault((child[-1]["data"], child[-1]["mix"]), {**child[-1], "forgotten": None if before is None or after is None else before - after})
+    if args.data:
+        asked = {"num_examples": args.num_examples or 2000, "mix_ratio": args.mix_ratio, "mix_words": args.mix_words}
+        names = list(itertools.product(args.data, dict.fromkeys(["none", args.mix])))
+        steps = [{**asked, "data": data, "mix": mix, "forgotten": runs.get((data, mix), {}).get("forgotten")} for data, mix in names]
+    else:
+        steps = list(runs.values())
+    if not steps:
+        raise DataError(f"{path}: no finished stage-2 runs below it; name the sets D_B with --data")
+    return steps
+
+
+def meter(args, path, facts, steps, lr, device):
+    """Each step's gradients against D_A's, sampled over batches: (a row of gradients.json a step, names of layers, loss on D_A)."""
+    tokenizer = load_tokenizer(path)
+    model = build_sharded(argparse.Namespace(model=path, precision="fp32"), Config.from_folder(path), device)
+    names = [name for name, _ in model.named_parameters()]
+    weights = [p.to_local().detach().clone() for p in model.parameters()]
+
+    def sample(examples, size):
+        encoded = [encode_example(tokenizer, example) for example in examples]
+        return [[encoded[i] for i in batch] for _, batch in itertools.islice(batches(len(encoded), size, args.batches, args.seed), args.batches)]
+
+    of_a, samples, losses = sample(facts, args.batch_size), [], []
+    for step in steps:
+        data = f"{step['data']}.{step['familiarity']}" if step.get("familiarity") else step["data"]
+        own, mix = load_examples(data, step["num_examples"], args.data_dir)[0], []
+        if step["mix"] != "none":
+            mix = load_examples(step["mix"], round(step["mix_ratio"] * len(own)), args.data_dir, step["mix_words"])[0]
+        samples.append((sample(own, args.batch_size), sample(mix, round(step["mix_ratio"] * args.batch_size)) if mix else None))
+
+    found = [[] for _ in steps]
+    bar = tqdm(total=len(of_a) * len(steps), desc="gradients", disable=dist.get_rank() > 0)
+    for k, batch in enumerate(of_a):
+        loss, a = gradient(model, batch, device)
+        losses.append(loss)
+        for (batches_b, batches_m), rows in zip(samples, found):
+            batch_b = batches_b[k % len(batches_b)]
+            _, b = gradient(model, batch_b, device)
+            row = {"AA": inner(a, a), "AB": inner(a, b), "BB": inner(b, b)}
+            row["first_order"], row["real"] = {"B": -lr * row["AB"].sum()}, {"B": real_change(model, weights, b, lr, batch, loss, device)}
+            if batches_m:
+                batch_m = batches_m[k % len(batches_m)]
+                _, m = gradient(model, batch_m, device)
+                row |= {"AM": inner(a, m), "MM": inner(m, m), "BM": inner(b, m)}
+                # The gradient of the union is the mean by answer tokens, as in training: appendix A.3's beta_1 and beta_2.
+                share = n_answer(batch_m) / (n_answer(batch_b) + n_answer(batch_m))
+                union = [x.lerp(y, share) for x, y in zip(b, m)]
+                row["first_order"]["B+M"] = -lr * ((1 - share) * row["AB"] + share * row["AM"]).sum()
+                row["real"]["B+M"] = real_change(model, weights, union, lr, batch, loss, device)
+            rows.append(row)
+            bar.update()
+    bar.close()
+    layers, kinds = zip(*map(layer_and_kind, names))
+    rows = [summarize(step, samples_, layers, kinds) for step, samples_ in zip(steps, found)]
+    return rows, list(dict.fromkeys(layers)), sum(losses) / len(losses)
+
+
+def batch_loss(model, batch, device, learn=False):
+    """The mean loss of an answer token of a batch, [(ids, labels), ...], over all ranks; learn: leaves its gradient in the parameters."""
+    rank, world, n = dist.get_rank(), dist.get_world_size(), n_answer(batch)
+    groups = micro_batches({i: len(ids) for i, (ids, _) in enumerate(batch)}, MICRO_TOKENS, world)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for k in range(0, len(groups), world):
+        ids, labels = collate([batch[i] for i in groups[k + rank]], device)
+        model.set_requires_gradient_sync(k + world == len(groups))
+        with torch.set_grad_enabled(learn):
+            loss_sum, _ = model(ids, labels=labels)
+        if learn:
+            (loss_sum * world / n).backward()  # gradients are averaged over ranks
+        total += loss_sum.detach()
+    dist.all_reduce(total)
+    if not learn:
+        reshard(model)
+    return total.item() / n
+
+
+def n_answer(batch):
+    return sum(label != -100 for _, labels in batch for label in labels)
+
+
+def reshard(model):
+    """After forwards without a backward pass: put the sharded weights back in place of the gathered ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gradient(model, batch, device):
+    """(loss of a batch, its gradient: this rank's rows of each of the P parameters)."""
+    loss = batch_loss(model, batch, device, learn=True)
+    gradients = [p.grad.to_local() for p in model.parameters()]
+    model.zero_grad()
+    return loss, gradients
+
+
+def inner(x, y):
+    """The inner product of two gradients parameter by parameter, (P), over all ranks' rows; summed in fp64, as small cosines need."""
+    products = torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(x, y)])
+    dist.all_reduce(products)
+    return products.cpu()
+
+
+@torch.no_grad()
+def real_change(model, weights, direction, lr, batch, before, device):
+    """What a plain gradient step of size lr really does to a batch's loss; the weights are put back."""
+    for p, w, g in zip(model.parameters(), weights, direction):
+        p.to_local().copy_(w - lr * g)
+    after = batch_loss(model, batch, device)
+    for p, w in zip(model.parameters(), weights):
+        p.to_local().copy_(w)
+    return after - before
+
+
+def layer_and_kind(name):
+    """model.layers.3.self_attn.q_proj.weight -> ("3", "q_proj"); what is in no block is a layer of its own."""
+    parts = name.split(".")
+    return (parts[2] if "layers" in parts else parts[-2]), parts[-2]
+
+
+def summarize(step, samples, layers, kinds):
+    """One row of gradients.json from a step's samples: means and standard deviations over them."""
+
+    def spread(values):
+        values = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        return {"mean": values.mean().item(), "std": values.std().item() if len(values) > 1 else 0.0}
+
+    def cosines(pair, keep=slice(None)):
+        part = lambda sample, key: sample[key][keep].sum()
+        return spread(part(s, pair) / (part(s, pair[0] * 2) * part(s, pair[1] * 2)).sqrt().clamp(min=1e-30) for s in samples)
+
+    letters = "ABM" if "MM" in samples[0] else "AB"
+    pairs = ["".join(pair) for pair in itertools.combinations(letters, 2)]
+    row = {"data": set_label(step["data"]), "mix": None if step["mix"] == "none" else set_label(step["mix"])}
+    row["norm"] = {x: spread(s[x + x].sum().sqrt() for s in samples) for x in letters}
+    row["dot"] = {pair: spread(s[pair].sum() for s in samples) for pair in pairs}
+    row["cosine"] = {pair: cosines(pair) for pair in pairs}
+    for key in ("first_order", "real"):
+        row[key] = {which: spread(s[key][which] for s in samples) for which in samples[0][key]}
+    for key, labels in (("by_layer", layers), ("by_kind", kinds)):
+        row[key] = {}
+        for label in dict.fromkeys(labels):
+            keep = torch.tensor([x == label for x in labels])
+            row[key][label] = {pair: {"dot": spread(s[pair][keep].sum() for s in samples), "cosine": cosines(pair, keep)} for pair in pairs}
+    return row
+
+
+def print_row(name, row, own):
+    forgotten = "-" if row["forgotten"] is None else f"{row['forgotten']:.1f}"
+    cosine, first, mix = row["cosine"]["AB"], row["first_order"][own], row["cosine"].get("AM")
+    print(f"{name:>16} {row['data']:>10} {row['mix'] or '-':>8} {row['norm']['A']['mean']:8.3f} {row['norm']['B']['mean']:8.3f} "
+          f"{cosine['mean']:+.4f}±{cosine['std']:.4f} {mix['mean'] if mix else float('nan'):+9.4f} {first['mean']:+.3e}±{first['std']:.3e} "
+          f"{row['real'][own]['mean']:+.3e} {row['delta_1']:+.2e} {'-' if row['delta_2'] is None else format(row['delta_2'], '+.2e')} {forgotten:>9}")  # fmt: skip
+
+
+def spearman(x, y):
+    """Spearman's rank correlation; equal values share their mean rank. 0 where one side does not vary."""
+    x, y = (torch.tensor([sum(a < b for a in values) + sum(a == b for a in values) / 2 for b in values], dtype=torch.float64) for values in (x, y))
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / (x.norm() * y.norm()).clamp(min=1e-30))
+
+
+# ---------------------------------------------------------------- layer transplant
+
+
+def transplant(args, path, lineage, device, rank):
+    """Ask D_A of CKPT with each window of OTHER's parts in place of its own: CKPT/transplant.json and .png.
+
+    The parts in order: the embedding (with the output embedding where the two are tied), --grid groups of blocks, and the final
+    norm with the output embedding. All parts make the model OTHER, none leave it CKPT. A share is of the facts that OTHER
+    answers and CKPT does not. What was asked is kept as it comes, so a killed run goes on.
+    """
+    _, facts = first_facts(args, path, lineage)
+    if Config.from_folder(path).raw != Config.from_folder(args.transplant).raw:
+        raise DataError(f"{args.transplant}: its config.json is not that of {path}; name a checkpoint of the same model")
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+    parts = split_parts(model, args.grid)
+    file, part = Path(path) / "transplant.json", Path(path) / "transplant.part"
+    header = {"other": args.transplant, "precision": args.precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}
+    lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []
+    done = {(row["first"], row["last"]): row["correct"] for row in map(json.loads, lines[1:])} if lines and lines[0] == json.dumps(header) else {}
+    dist.barrier()
+    if rank == 0 and not done:
+        write_file(part, json.dumps(header) + "\n")
+
+    windows = [(0, -1)] + [(first, last) for first in range(len(parts)) for last in range(first, len(parts))]
+    bar = tqdm(total=len(windows), initial=len(done), desc="transplant", disable=rank > 0)
+    for first, last in windows:
+        if (first, last) in done:
+            continue
+        names = {name for _, names in parts[first : last + 1] for name in names}
+        load_weights(model, args.transplant, only=names)
+        done[first, last] = [f["id"] for f, p in zip(facts, predict(model, tokenizer, facts)) if is_correct(p, f["response"])]
+        load_weights(model, path, only=names)
+        if rank == 0:
+            with open(part, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"first": first, "last": last, "correct": done[first, last]}) + "\n")
+        bar.update()
+    bar.close()
+    none, whole = set(done[0, -1]), set(done[0, len(parts) - 1])
+    lost = whole - none
+    rows = [{"first": first, "last": last, "accuracy": 100 * len(done[first, last]) / len(facts),
+             "returned": len(lost.intersection(done[first, last])) / len(lost) if lost else None} for first, last in windows[1:]]  # fmt: skip
+    result = {"other": args.transplant, "parts": header["parts"], "total": len(facts), "none": 100 * len(none) / len(facts),
+              "all": 100 * len(whole) / len(facts), "lost": len(lost), "windows": rows}  # fmt: skip
+    if rank == 0:
+        print_windows(result)
+        write_json(file, result)
+        draw_transplant(result, f"{path} with parts of {args.transplant}", file.with_suffix(".png"))
+        part.unlink()
+
+
+def split_parts(model, grid):
+    """[(label, names of parameters), ...]: the embedding, at most grid groups of blocks, the end of the model."""
+    n, names = model.config.num_hidden_layers, [name for name, _ in model.named_parameters()]
+    bounds = sorted({round(i * n / grid) for i in range(grid + 1)})
+    parts = [("embedding", {"model.embed_tokens.weight"})]
+    for first, end in zip(bounds, bounds[1:]):
+        inside = {name for name in names if name.startswith("model.layers.") and first <= int(name.split(".")[2]) < end}
+        parts.append((f"{first}-{end - 1}" if end - first > 1 else str(first), inside))
+    return parts + [("end", {name for name in names if name.startswith(("model.norm.", "lm_head."))})]
+
+
+def print_windows(result):
+    """The heat map's first row, diagonal and last column: the parts up to each one, each alone, and from each one on."""
+    shares = {(row["first"], row["last"]): row["returned"] for row in result["windows"]}
+    print(f"{result['none']:.1f}% of {result['total']} facts, {result['all']:.1f}% with all parts; share of the {result['lost']} lost facts that return:")
+    print(f"{'part':>10} {'alone':>7} {'up to it':>9} {'from it on':>11}")
+    for i, label in enumerate(result["parts"]):
+        cells = [shares[i, i], shares[0, i], shares[i, len(result["parts"]) - 1]]
+        print(f"{label:>10} " + "{:>7} {:>9} {:>11}".format(*["-" if cell is None else f"{cell:.2f}" for cell in cells]))
+
+
+# ---------------------------------------------------------------- lost or unreachable
+
+
+def recover(args, path, lineage, device, rank):
+    """Train on N of the facts that CKPT lost, and apart from that on N never seen, and ask the other lost facts: CKPT/recover.json and .png.
+
+    If the lost facts are still there but no longer reached (section 4.1), relearning some brings others back, and facts of the
+    same form that were never seen bring back fewer.
+    """
+    stage, facts = first_facts(args, path, lineage)
+    tokenizer, config = load_tokenizer(path), Config.from_folder(path)
+    model = build_sharded(argparse.Namespace(model=path, precision=lineage[-1].get("precision", "bf16-mixed")), config, device)
+
+    def ask(model):
+        with torch.no_grad():
+            right = [is_correct(p, fact["response"]) for p, fact in zip(predict(model, tokenizer, facts), facts)]
+        reshard(model)
+        return right
+
+    before = ask(model)
+    lost = [i for i, right in enumerate(before) if not right]
+    if len(lost) <= args.recover:
+        raise DataError(f"{path}: lost {len(lost)} of its {len(facts)} facts, not more than --recover {args.recover}; give a lower number")
+    chosen = random.Random(f"recover {args.seed}").sample(lost, args.recover)
+    others = [i for i in lost if i not in chosen]
+    never = never_seen(stage, lineage, args.recover, args.data_dir)
+    lr, every = args.lr or stage["lr"], max(1, args.steps // 4)
+    arms = {"own": [facts[i] for i in chosen], "never seen": never}
+    result = {"facts": len(facts), "lost": len(lost), "trained": args.recover, "others": len(others), "steps": args.steps, "lr": lr, "arms": {}}
+    for arm, examples in arms.items():
+        load_weights(model, path)
+        encoded, log = [encode_example(tokenizer, example) for example in examples], [{"step": 0, "returned": 0, "kept": sum(before)}]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)  # as in train.py
+        order = batches(len(encoded), args.batch_size, args.steps, args.seed)
+        for step, (_, batch) in enumerate(itertools.islice(tqdm(order, total=args.steps, desc=arm, disable=rank > 0), args.steps), 1):
+            loss = batch_loss(model, [encoded[i] for i in batch], device, learn=True)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, lr)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % every == 0 or step == args.steps:
+                right = ask(model)
+                log.append({"step": step, "loss": loss, "returned": sum(right[i] for i in others),
+                            "kept": sum(right[i] for i in range(len(facts)) if before[i]), "relearned": sum(right[i] for i in chosen)})  # fmt: skip
+        result["arms"][arm] = log
+        del optimizer
+    if rank == 0:
+        print(f"{path}: {len(lost)} of {len(facts)} facts lost; {args.steps} steps on {args.recover}, then the {len(others)} other lost facts are asked")
+        print(f"{'trained on':>12} {'step':>5} {'loss':>8} {'others returned':>16} {'still known':>12} {'of the ' + str(args.recover):>10}")
+        for arm, log in result["arms"].items():
+            for row in log[1:]:
+                print(f"{arm:>12} {row['step']:5} {row['loss']:8.4f} {row['returned']:16} {row['kept']:12} {row['relearned']:10}")
+        write_json(Path(path) / "recover.json", result)
+        draw_recovery(result, path, Path(path) / "recover.png")
+
+
+def never_seen(stage, lineage, n, data):
+    """n facts like a stage's that no stage of the lineage was trained on: its set's second slice, or the later lines of a file."""
+    name = stage["data"]
+    if not name.endswith(".jsonl"):
+        base, second, familiarity = resolve(name)
+        familiarity = familiarity or stage.get("familiarity")
+        name = (base if second else f"{base}-id") + (f".{familiarity}" if familiarity else "")
+    seen = max((entry["num_examples"] for entry in lineage if entry["data"] in (name, name.partition(".")[0])), default=0)
+    return load_examples(name, seen + n, data)[0][seen:]
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def picture(rows=1, columns=1, size=(6.5, 4)):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def save(figure, path):
+    """Write a picture in one step, as data.write_file does a text."""
+    from matplotlib import pyplot
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png", dpi=100)
+    os.replace(temporary, path)
+    pyplot.close(figure)
+
+
+def draw_figure4(results, path):
+    """Layers against frequency and against the share of first occurrences; a row of two panels a set, a line a checkpoint."""
+    sets = list(dict.fromkeys(name for name, _, _ in results))
+    figure, axes = picture(len(sets), 2, (10, 0.6 + 3.6 * len(sets)))
+    for (left, right), name in zip(axes, sets):
+        mine = [(label, result) for other, label, result in results if other == name]
+        for color, (label, result) in enumerate(mine):
+            left.plot(result["frequency"], color=f"C{color}", label=f"{label} ({result['accuracy']:.1f}%)")
+            left.plot(result["floor"]["shuffled"]["frequency"], color=f"C{color}", linestyle=":", linewidth=1)
+            right.plot(result["first_share"], color=f"C{color}", marker=".")
+        base = mine[0][1]["floor"].get("base_model")
+        if base:
+            left.plot(base["frequency"], color="gray", linestyle="--", label=f"base model ({base['accuracy']:.1f}%)")
+            right.plot(base["first_share"], color="gray", linestyle="--")
+        left.set(title=f"{name}: right token in the top {TOP_K} (dotted: shuffled)", xlabel="layer", ylabel="frequency", ylim=(-0.03, 1.03))
+        right.set(title=f"{name}: there for the first time", xlabel="layer", ylabel="share of those ever there", ylim=(0, None))
+        left.legend(fontsize="small")
+    save(figure, path)
+
+
+def draw_ranks(ranks, result, title, path):
+    """Heat map of facts x layers: the rank of a fact's worst token. Known facts are above the line, each part by its mean log-rank."""
+    worst, correct = ranks
+    order = sorted(range(len(correct)), key=lambda i: (not correct[i], worst[:, i].log().mean().item()))
+    figure, ((axes,),) = picture(size=(6.5, 5))
+    from matplotlib.colors import LogNorm
+
+    image = axes.imshow(worst[:, order].T, aspect="auto", cmap="viridis_r", norm=LogNorm(1, max(2, int(worst.max()))), interpolation="nearest")
+    axes.axhline(int(correct.sum()) - 0.5, color="red", linewidth=1)
+    axes.set(title=f"{title}\n{result['accuracy']:.1f}% correct (above the line)", xlabel="layer", ylabel="facts")
+    figure.colorbar(image, label="rank of the fact's worst token")
+    save(figure, path)
+
+
+def draw_gradients(rows, layers, title, path):
+    """Cosine with D_A's gradient by layer and by kind of module, a line a step: of D_B solid, of D_M dashed."""
+    figure, axes = picture(1, 2, (11, 4.2))
+    kinds = list(rows[0]["by_kind"])
+    for panel, key, labels in ((axes[0][0], "by_layer", layers), (axes[0][1], "by_kind", kinds)):
+        drawn = set()
+        for row in rows:
+            for pair, name, style in (("AB", row["data"], "-"), ("AM", row["mix"], "--")):
+                if name and (pair, name) not in drawn:
+                    panel.plot(range(len(labels)), [row[key][x][pair]["cosine"]["mean"] for x in labels], style, marker=".", color=f"C{len(drawn)}",
+                               label=f"{'D_B' if pair == 'AB' else 'D_M'} = {name}")  # fmt: skip
+                    drawn.add((pair, name))
+        panel.axhline(0, color="gray", linewidth=0.8)
+        panel.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+        panel.set(xlabel="layer" if key == "by_layer" else "kind of module", ylabel="cosine with the gradient of D_A")
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def draw_transplant(result, title, path):
+    """Curve: the parts alone, up to and from each one. Heat map: every window, first part against last."""
+    figure, ((curve, heat),) = picture(1, 2, (11, 4.4))
+    labels, n = result["parts"], len(result["parts"])
+    share = torch.full((n, n), float("nan"))
+    for row in result["windows"]:
+        share[row["first"], row["last"]] = float("nan") if row["returned"] is None else row["returned"]
+    for values, label in ((share.diagonal(), "this part alone"), (share[0], "all up to this"), (share[:, -1], "this and all after")):
+        curve.plot(range(n), values, marker=".", label=label)
+    curve.set_xticks(range(n), labels, rotation=45)
+    curve.set(xlabel="part taken from the other checkpoint", ylabel="share of the lost facts that return", ylim=(-0.03, 1.03))
+    curve.legend(fontsize="small")
+    image = heat.imshow(share, vmin=0, vmax=1, cmap="viridis")
+    heat.set_xticks(range(n), labels, rotation=45)
+    heat.set_yticks(range(n), labels)
+    heat.set(xlabel="last part", ylabel="first part")
+    figure.colorbar(image, label="share that returns")
+    figure.suptitle(f"{title}: {result['none']:.1f}% with none, {result['all']:.1f}% with all", fontsize="medium")
+    save(figure, path)
+
+
+def draw_recovery(result, title, path):
+    figure, ((axes,),) = picture(size=(6, 3.8))
+    for arm, log in result["arms"].items():
+        axes.plot([row["step"] for row in log], [100 * row["returned"] / result["others"] for row in log], marker=".", label=f"trained on {result['trained']} {arm} facts")
+    axes.set(title=f"{title}\n{result['others']} lost facts that were not trained on", xlabel="step", ylabel="% that return", ylim=(-3, 103))
+    axes.legend(fontsize="small")
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, DataError) as error:
+        fail(error)
