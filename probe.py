@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, micro_batches, resolve, set_label, write_file
 from evaluate import fail, is_correct, mix_label, model_name, predict, read_lineage, read_rows, setup_device, stage_facts
 from model import CheckpointError, Config, load_model, load_weights
-from train import batches, build_sharded, collate, learning_rate
+from train import batches, build_sharded, collate, keep_freed_memory, learning_rate
 
 TOP_K = 10  # section 5
 MICRO_TOKENS = 2048  # most tokens of a forward pass, padding included
@@ -43,12 +43,13 @@ def main():
     for path in args.checkpoints + [args.transplant] * bool(args.transplant):
         Config.from_folder(path)
     device, rank, _ = setup_device()
+    if device.type == "cpu" and (args.gradients or args.recover):
+        keep_freed_memory()
     if args.gradients:
         measure_gradients(args, stages, device, rank)
-    elif args.transplant:
-        transplant(args, args.checkpoints[0], stages[args.checkpoints[0]], device, rank)
-    elif args.recover:
-        recover(args, args.checkpoints[0], stages[args.checkpoints[0]], device, rank)
+    elif args.transplant or args.recover:
+        ((path, lineage),) = stages.items()
+        (transplant if args.transplant else recover)(args, path, lineage, device, rank)
     else:
         probe(args, stages, device, rank)
     gc.collect()  # Gloo can abort at exit while sharded tensors are alive.
@@ -145,11 +146,9 @@ def probe_one(args, path, facts, device):
     model = load_model(path, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
     correct = [is_correct(p, fact["response"]) for p, fact in zip(predict(model, tokenizer, facts, progress=True), facts)]
     ranks, log_probs, floor, owner = read_layers(model, tokenizer, facts, args.first_token)
-    shuffled = summary(*floor)
-    shuffled.pop("median_rank"), shuffled.pop("log_prob")
     result = {"layers": model.config.num_hidden_layers, "top_k": TOP_K, **summary(ranks, log_probs), "total": ranks.shape[1],
               "accuracy": 100 * sum(correct) / len(facts), "facts": len(facts), "first_token": args.first_token,
-              "floor": {"shuffled": shuffled}}  # fmt: skip
+              "floor": {"shuffled": summary(*floor)}}  # fmt: skip
     worst = torch.stack([ranks[:, owner == i].amax(1) for i in range(len(facts))], dim=1)
     return result, (worst, torch.tensor(correct))
 
@@ -279,8 +278,8 @@ def measure_gradients(args, stages, device, rank):
     """
     predicted, measured, baseline = [], [], None
     if rank == 0:
-        print(f"{'stage 1':>16} {'D_B':>10} {'D_M':>8} {'|g_A|':>8} {'|g_B|':>8} {'cos(A,B)':>15} {'cos(A,M)':>9} "
-              f"{'first order':>22} {'real':>10} {'Delta_1':>9} {'Delta_2':>9} {'forgotten':>9}")  # fmt: skip
+        print(f"{'checkpoint':>14} {'D_B':>8} {'D_M':>8} {'|g_A|':>8} {'|g_B|':>8} {'cos(A,B)':>9} {'cos(A,M)':>9} {'1st order':>11} {'spread':>8} "
+              f"{'real':>10} {'Delta_1':>10} {'Delta_2':>10} {'forgotten':>9}")  # fmt: skip
     for path, lineage in stages.items():
         stage, facts = first_facts(args, path, lineage)
         steps, lr = stage_two_steps(args, path, lineage, set_label(stage["data"])), args.lr or stage["lr"]
@@ -463,11 +462,12 @@ def summarize(step, samples, layers, kinds):
 
 
 def print_row(name, row, own):
-    forgotten = "-" if row["forgotten"] is None else f"{row['forgotten']:.1f}"
-    cosine, first, mix = row["cosine"]["AB"], row["first_order"][own], row["cosine"].get("AM")
-    print(f"{name:>16} {row['data']:>10} {row['mix'] or '-':>8} {row['norm']['A']['mean']:8.3f} {row['norm']['B']['mean']:8.3f} "
-          f"{cosine['mean']:+.4f}±{cosine['std']:.4f} {mix['mean'] if mix else float('nan'):+9.4f} {first['mean']:+.3e}±{first['std']:.3e} "
-          f"{row['real'][own]['mean']:+.3e} {row['delta_1']:+.2e} {'-' if row['delta_2'] is None else format(row['delta_2'], '+.2e')} {forgotten:>9}")  # fmt: skip
+    mean = lambda values, form: format(values["mean"], form) if values else "-"
+    number = lambda value, form: "-" if value is None else format(value, form)
+    first = row["first_order"][own]
+    print(f"{name:>14} {row['data']:>8} {row['mix'] or '-':>8} {mean(row['norm']['A'], '.3f'):>8} {mean(row['norm']['B'], '.3f'):>8} "
+          f"{mean(row['cosine']['AB'], '+.4f'):>9} {mean(row['cosine'].get('AM'), '+.4f'):>9} {first['mean']:+11.2e} {first['std']:8.1e} "
+          f"{mean(row['real'][own], '+.2e'):>10} {row['delta_1']:+10.2e} {number(row['delta_2'], '+.2e'):>10} {number(row['forgotten'], '.1f'):>9}")  # fmt: skip
 
 
 def spearman(x, y):

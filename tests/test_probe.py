@@ -14,9 +14,9 @@ import torch.distributed as dist
 from conftest import ROOT
 
 import probe
-from data import encode_example, load_examples, load_tokenizer
+from data import DataError, encode_example, load_examples, load_tokenizer
 from evaluate import setup_device
-from model import Config, Transformer, load_model, save_model
+from model import CheckpointError, Config, Transformer, load_model, save_model
 from train import build_sharded
 
 CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
@@ -48,7 +48,8 @@ def work(tmp_path_factory):
     save_model(Transformer(Config.from_folder(tiny)), tiny)
     common = ["--batch-size", 8, "--lr", 3e-3, "--precision", "fp32"]
     run(folder, "train.py", "--stage", 1, "--model", "models/tiny", "--num-examples", 8, "--epochs", 120, *common, "--out", "one")
-    run(folder, "train.py", "--stage", 2, "--model", "one", "--data", "bios", "--num-examples", 6, "--epochs", 4, *common, "--out", "one/two")
+    run(folder, "train.py", "--stage", 2, "--model", "one", "--data", "bios", "--num-examples", 6, "--epochs", 2, "--mix", "random",
+        "--mix-words", 3, *common, "--out", "one/two")  # fmt: skip
     for stage in ("one", "one/two"):
         run(folder, "evaluate.py", stage, "--precision", "fp32")
     return folder
@@ -128,7 +129,7 @@ def test_shuffled_answers():
 def test_last_layer_is_the_model(smollm2_folder, dtype, tmp_path):
     """On SmolLM2 the last layer's lens passes its check, and its log-probabilities are those of model(ids); another norm does not pass."""
     model, tokenizer = load_model(smollm2_folder, dtype), load_tokenizer(smollm2_folder)
-    facts = load_examples("kvr", 4, tmp_path)[0]
+    facts = load_examples("kvr", 2, tmp_path)[0]
     _, log_probs, _, _ = probe.read_layers(model, tokenizer, facts)
     expected = []
     for ids, labels in (encode_example(tokenizer, fact) for fact in facts):
@@ -181,7 +182,7 @@ def test_inner_products_equal_a_plain_loop(work, one_rank, monkeypatch):
 def test_first_order_change_is_the_real_one(smollm2_folder, one_rank, tmp_path):
     """On SmolLM2 a small step on other facts changes the loss by -lr times the inner product, within 5%, and leaves the weights."""
     tokenizer = load_tokenizer(smollm2_folder)
-    a, b = ([encode_example(tokenizer, fact) for fact in load_examples(name, 4, tmp_path)[0]] for name in ("kvr", "bios"))
+    a, b = ([encode_example(tokenizer, fact) for fact in load_examples(name, 2, tmp_path)[0]] for name in ("kvr", "bios"))
     model = build_sharded(argparse.Namespace(model=smollm2_folder, precision="fp32"), Config.from_folder(smollm2_folder), one_rank)
     weights = [p.to_local().detach().clone() for p in model.parameters()]
     (loss, grad_a), (_, grad_b) = probe.gradient(model, a, one_rank), probe.gradient(model, b, one_rank)
@@ -191,23 +192,21 @@ def test_first_order_change_is_the_real_one(smollm2_folder, one_rank, tmp_path):
 
 
 def test_gradients_command(work):
-    """--gradients measures the runs below a checkpoint, or named sets with a mix, the same on two ranks as on one."""
-    done = run(work, "probe.py", "one", "--gradients")
+    """--gradients measures the run below a checkpoint; two ranks that are given its set and its mix by name find the same."""
+    sampled = ["probe.py", "one", "--gradients", "--num-examples", 6, "--batches", 2, "--batch-size", 3]
+    done = run(work, *sampled)
     (row,) = read(work / "one/gradients.json")["rows"]
     lost = [read(work / folder / "eval.json")["kvr"]["accuracy"] for folder in ("one", "one/two")]
-    assert row["data"] == "bios" and row["forgotten"] == lost[0] - lost[1] > 0 and "bios" in done.stdout
-    mixed = ["probe.py", "one", "--gradients", "--data", "bios", "kvr-id", "--num-examples", 6, "--mix", "random", "--mix-words", 3, "--batches", 2, "--batch-size", 3]
-    run(work, *mixed)
-    alone = read(work / "one/gradients.json")["rows"]
-    assert [(r["data"], r["mix"]) for r in alone] == [("bios", None), ("bios", "random"), ("kvr-id", None), ("kvr-id", "random")]
-    for r in alone:
-        assert sum(part["AB"]["dot"]["mean"] for part in r["by_layer"].values()) == pytest.approx(r["dot"]["AB"]["mean"])
-        assert sum(part["AB"]["dot"]["mean"] for part in r["by_kind"].values()) == pytest.approx(r["dot"]["AB"]["mean"])
-    assert alone[1]["delta_2"] == pytest.approx(alone[1]["first_order"]["B"]["mean"] - alone[1]["first_order"]["B+M"]["mean"])
-    run(work, *mixed, ranks=2)
-    for r, expected in zip(read(work / "one/gradients.json")["rows"], alone):
-        assert r["dot"]["AB"]["mean"] == pytest.approx(expected["dot"]["AB"]["mean"], rel=1e-3)
-        assert r["real"]["B"]["mean"] == pytest.approx(expected["real"]["B"]["mean"], rel=1e-2)
+    assert (row["data"], row["mix"], row["forgotten"]) == ("bios", "random", lost[0] - lost[1]) and "bios" in done.stdout
+    assert row["delta_2"] == pytest.approx(row["first_order"]["B"]["mean"] - row["first_order"]["B+M"]["mean"])
+    for parts in (row["by_layer"], row["by_kind"]):
+        assert sum(part["AB"]["dot"]["mean"] for part in parts.values()) == pytest.approx(row["dot"]["AB"]["mean"])
+    run(work, *sampled, "--data", "bios", "--mix", "random", "--mix-words", 3, ranks=2)
+    unmixed, mixed = read(work / "one/gradients.json")["rows"]
+    assert (unmixed["mix"], mixed["mix"]) == (None, "random") and unmixed["dot"]["AB"] == mixed["dot"]["AB"]
+    for pair in ("AB", "AM", "BM"):
+        assert mixed["dot"][pair]["mean"] == pytest.approx(row["dot"][pair]["mean"], rel=1e-3)
+    assert mixed["real"]["B+M"]["mean"] == pytest.approx(row["real"]["B+M"]["mean"], rel=1e-2)
 
 
 def test_spearman():
@@ -244,19 +243,27 @@ def test_recover_command(work):
     assert result["others"] == result["lost"] - 2 and list(result["arms"]) == ["own", "never seen"]
     assert [row["step"] for row in result["arms"]["own"]] == [0, 1, 2, 3, 4, 5, 6]
     assert (work / "one/two/model.safetensors").read_bytes() == before
+    done = run(work, "probe.py", "one/two", "--recover", 99, ok=False)
+    assert done.returncode == 2 and "--recover 99" in done.stderr
 
 
 @pytest.mark.parametrize("args, message", [
     (["nowhere"], "nowhere/config.json"),
-    (["models/tiny"], "models/tiny"),
-    (["models/tiny", "--data", "nothing"], "nothing"),
     (["one", "--gradients", "--transplant", "one"], "--transplant"),
-    (["one/two", "--gradients"], "one/two"),
     (["one/two", "--transplant", "nowhere"], "nowhere/config.json"),
-    (["one/two", "--recover", 99], "--recover 99"),
-    (["one", "--batches", 0], "--batches"),
+    (["one", "--batches", "0"], "--batches"),
+    (["one", "--mix", "random"], "--mix"),
 ])  # fmt: skip
-def test_bad_input(work, args, message):
-    """Bad input ends with status 2 and one line that names what is wrong."""
-    done = run(work, "probe.py", *args, ok=False)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+def test_bad_input(work, args, message, monkeypatch):
+    """Bad input raises one line that names what is wrong."""
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "argv", ["probe.py", *args])
+    with pytest.raises((DataError, CheckpointError)) as error:
+        probe.main()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_exit_status(work):
+    """The command ends with status 2 and one line on stderr."""
+    done = run(work, "probe.py", "models/tiny", ok=False)
+    assert done.returncode == 2 and "models/tiny" in done.stderr and done.stderr.count("\n") == 1, done.stderr
