@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, micro_batches, resolve, set_label, write_file
 from evaluate import fail, is_correct, mix_label, model_name, predict, read_lineage, read_rows, setup_device, stage_facts
-from model import CheckpointError, Config, load_model, load_weights
+from model import CheckpointError, Config, check_saved, load_model, load_weights, write_json
 from train import batches, build_sharded, collate, keep_freed_memory, learning_rate
 
 TOP_K = 10  # section 5
@@ -104,8 +104,11 @@ def first_facts(args, path, lineage):
     raise DataError(f"{path}: no stage in its run.json learned facts; name a trained checkpoint, or for the lens a set with --data")
 
 
-def write_json(path, value):
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def sharded(path, precision, device):
+    """A checkpoint's model as train.py holds it: over all ranks, each with its rows of the weights."""
+    model, _ = build_sharded(argparse.Namespace(precision=precision, checkpoint_activations=None, compile=False), Config.from_folder(path), device)
+    load_weights(model, path)
+    return model
 
 
 # ---------------------------------------------------------------- logit lens
@@ -329,7 +332,7 @@ def stage_two_steps(args, path, lineage, name):
 def meter(args, path, facts, steps, lr, device):
     """Each step's gradients against D_A's, sampled over batches: (a row of gradients.json a step, names of layers, loss on D_A)."""
     tokenizer = load_tokenizer(path)
-    model = build_sharded(argparse.Namespace(model=path, precision="fp32"), Config.from_folder(path), device)
+    model = sharded(path, "fp32", device)
     names = [name for name, _ in model.named_parameters()]
     weights = [p.to_local().detach().clone() for p in model.parameters()]
 
@@ -492,6 +495,7 @@ def transplant(args, path, lineage, device, rank):
         raise DataError(f"{args.transplant}: its config.json is not that of {path}; name a checkpoint of the same model")
     tokenizer = load_tokenizer(path)
     model = load_model(path, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+    check_saved(args.transplant)
     parts = split_parts(model, args.grid)
     file, part = Path(path) / "transplant.json", Path(path) / "transplant.part"
     header = {"other": args.transplant, "precision": args.precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}
@@ -559,8 +563,8 @@ def recover(args, path, lineage, device, rank):
     same form that were never seen bring back fewer.
     """
     stage, facts = first_facts(args, path, lineage)
-    tokenizer, config = load_tokenizer(path), Config.from_folder(path)
-    model = build_sharded(argparse.Namespace(model=path, precision=lineage[-1].get("precision", "bf16-mixed")), config, device)
+    tokenizer = load_tokenizer(path)
+    model = sharded(path, lineage[-1].get("precision", "bf16-mixed"), device)
 
     def ask(model):
         with torch.no_grad():

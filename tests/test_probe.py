@@ -1,6 +1,5 @@
 """probe.py against values worked out by hand, against plain loops, and as it is run."""
 
-import argparse
 import base64
 import json
 import math
@@ -17,7 +16,6 @@ import probe
 from data import DataError, encode_example, load_examples, load_tokenizer
 from evaluate import setup_device
 from model import CheckpointError, Config, Transformer, load_model, save_model
-from train import build_sharded
 
 CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
           "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "float32"}  # fmt: skip
@@ -172,7 +170,7 @@ def test_inner_products_equal_a_plain_loop(work, one_rank, monkeypatch):
         loss = sum(plain(torch.tensor([ids]), labels=torch.tensor([labels]))[0] for ids, labels in batch) / probe.n_answer(batch)
         gradients.append(torch.autograd.grad(loss, list(plain.parameters())))
     expected = [sum((x.double() * y.double()).flatten().tolist()) for x, y in zip(*gradients)]
-    model = build_sharded(argparse.Namespace(model=work / "one", precision="fp32"), Config.from_folder(work / "one"), one_rank)
+    model = probe.sharded(work / "one", "fp32", one_rank)
     for budget in (2048, 150):
         monkeypatch.setattr(probe, "MICRO_TOKENS", budget)
         (_, a), (_, b) = (probe.gradient(model, batch, one_rank) for batch in batches)
@@ -183,7 +181,7 @@ def test_first_order_change_is_the_real_one(smollm2_folder, one_rank, tmp_path):
     """On SmolLM2 a small step on other facts changes the loss by -lr times the inner product, within 5%, and leaves the weights."""
     tokenizer = load_tokenizer(smollm2_folder)
     a, b = ([encode_example(tokenizer, fact) for fact in load_examples(name, 2, tmp_path)[0]] for name in ("kvr", "bios"))
-    model = build_sharded(argparse.Namespace(model=smollm2_folder, precision="fp32"), Config.from_folder(smollm2_folder), one_rank)
+    model = probe.sharded(smollm2_folder, "fp32", one_rank)
     weights = [p.to_local().detach().clone() for p in model.parameters()]
     (loss, grad_a), (_, grad_b) = probe.gradient(model, a, one_rank), probe.gradient(model, b, one_rank)
     real = probe.real_change(model, weights, grad_b, 1e-5, a, loss, one_rank)
