@@ -24,17 +24,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, micro_batches, resolve, set_label, write_file
 from evaluate import fail, is_correct, mix_label, model_name, predict, read_lineage, read_rows, setup_device, stage_facts
 from model import CheckpointError, Config, check_saved, load_model, load_weights, write_json
-from train import batches, build_sharded, collate, keep_freed_memory, learning_rate
+from train import batches, build_sharded, collate, keep_freed_memory, learning_rate, reshard
 
 TOP_K = 10  # section 5
-MICRO_TOKENS = 2048  # most tokens of a forward pass, padding included
-HEAD_ROWS = 256  # positions whose logits exist at a time
+MICRO_TOKENS = 1024  # most tokens of a forward pass, padding included
+HEAD_ROWS = 128  # positions whose logits exist at a time
 
 
 def main():
@@ -396,13 +395,6 @@ def batch_loss(model, batch, device, learn=False):
 
 def n_answer(batch):
     return sum(label != -100 for _, labels in batch for label in labels)
-
-
-def reshard(model):
-    """After forwards without a backward pass: put the sharded weights back in place of the gathered ones."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def gradient(model, batch, device):

@@ -207,11 +207,15 @@ def check_retention(model, tokenizer, facts):
             predictions = predict(model, tokenizer, examples)
             correct = sum(is_correct(p, e["response"]) for p, e in zip(predictions, examples))
             accuracies[name] = 100 * correct / len(examples)
-    # Without a backward pass the gathered weights stay: put the sharded ones, which the optimizer owns, back in place.
+    reshard(model)
+    return accuracies
+
+
+def reshard(model):
+    """Without a backward pass the gathered weights stay: put the sharded ones, which the optimizer owns, back in place."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return accuracies
 
 
 # ---------------------------------------------------------------- the state of an unfinished run
