@@ -346,7 +346,7 @@ def plan(args, config, lineage, tokenizer):
     print(f"{args.model}: {n_params / 1e9:.3f} billion parameters, {args.precision}, {ranks} rank{'s' * (ranks > 1)}")
     print(f"data: {len(encoded)} examples, {sum(lengths)} tokens an epoch, at most {total} steps and {args.epochs * sum(lengths)} tokens")
     print(f"memory {of}: {gb(sum(parts.values()))} GB = " + " + ".join(f"{what} {gb(size)}" for what, size in parts.items()))
-    print(f"disk: checkpoint {gb(checkpoint)} GB, state {gb(state)} GB; at most {gb(disk)} GB, {gb(free)} GB are free in {folder}")
+    print(f"disk: checkpoint {gb(checkpoint)} GB, state {gb(state)} GB; at most {gb(disk)} GB, {gb(free)} GB are free for {args.out}")
     problems = []
     share = 1 if gpu else ranks  # without GPUs all ranks are taken to share this machine's memory
     if sum(parts.values()) * share > room:
@@ -359,7 +359,7 @@ def plan(args, config, lineage, tokenizer):
                         + (f"what would fit: {', '.join(fitting)}" if fitting else "neither recomputing nor bf16 nor more ranks makes it fit"))  # fmt: skip
     if disk > free:
         less = ", or --save-every 0" if args.save_every and checkpoint + state <= free else ""
-        problems.append(f"{gb(disk)} GB needed on disk, {gb(free)} GB free in {folder}; make room, or give another --out{less}")
+        problems.append(f"{gb(disk)} GB needed on disk, {gb(free)} GB free for {args.out}; make room, or give another --out{less}")
     if problems:
         raise DataError(f"{args.model}: {'; '.join(problems)}")
 
