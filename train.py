@@ -223,10 +223,9 @@ def reshard(model):
 
 def claim(out, resume):
     """Make folder out this process's own: (its metrics.jsonl, the newest state in it or None). A DataError where it is not to be had."""
-    with naming(out):
+    try:
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
-    try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however this process ends
     except OSError as error:
         busy = isinstance(error, BlockingIOError)
