@@ -132,7 +132,8 @@ def probe(args, stages, device, rank):
                 if key not in base_models:
                     base_models[key] = probe_one(args, base_model, facts, device)[0]
                 result["floor"]["base_model"] = {k: base_models[key][k] for k in result["floor"]["shuffled"]} | {"accuracy": base_models[key]["accuracy"]}
-            results.append((name, mix_label(lineage) if lineage else model_name(path), result))
+            label = f"{mix_label(lineage)}, after {set_label(lineage[-1]['data'])}" if lineage else model_name(path)
+            results.append((name, label, result))
             if rank == 0:
                 print_lens(path, name, result)
                 write_json(Path(path) / f"probe.{name}.json", result)
@@ -218,11 +219,11 @@ def read(logits, targets):
     logits = logits.float()
     total = logits.logsumexp(-1)
     found = []
+    ids = torch.arange(logits.shape[1], device=logits.device)
     for target in targets.T[..., None]:  # (n, 1)
         own = logits.gather(1, target)
-        above = (logits > own).sum(1)
-        tied = (logits == own).nonzero()  # few
-        above += torch.bincount(tied[tied[:, 1] < target[tied[:, 0], 0], 0], minlength=len(target))
+        below = own.nextafter(torch.full_like(own, float("-inf")))
+        above = (logits > torch.where(ids < target, below, own)).sum(1, dtype=torch.int32)  # int64 is six times slower on a CPU
         found += [1 + above, own[:, 0] - total]
     return torch.stack([row.double() for row in found])
 
