@@ -9,6 +9,7 @@
 Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.familiar.jsonl and data/NAME.unfamiliar.jsonl.
 """
 
+import gc
 import json
 import os
 import random
@@ -44,6 +45,13 @@ def setup_device():
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, dist.get_rank(), world
+
+
+def leave():
+    """End the process group, all ranks together: gloo can abort at exit while sharded tensors are alive or another rank still talks."""
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def check_vocabulary(tokenizer, config, path):
@@ -353,11 +361,9 @@ def main():
     if args.split:
         if lineage:
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
-        tokenizer = load_tokenizer(args.checkpoint)
-        device, rank, _ = setup_device()
-        model = load_model(args.checkpoint, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+        tokenizer, model, rank = open_checkpoint(args)
         split(args.checkpoint, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank)
-        return dist.destroy_process_group()
+        return leave()
     if args.data:
         if len({set_label(name) for name in args.data}) < len(args.data):
             raise DataError("--data: two sets of one name would share a predictions file; rename one")
@@ -374,16 +380,22 @@ def main():
     for name, examples in sets.items():
         if any("messages" in example for example in examples):
             raise DataError(f"{name}: holds chats, which have no single right answer; name sets of facts")
-    tokenizer = load_tokenizer(args.checkpoint)
-    device, rank, _ = setup_device()
-    model = load_model(args.checkpoint, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
-    check_vocabulary(tokenizer, model.config, args.checkpoint)
+    tokenizer, model, rank = open_checkpoint(args)
     results = evaluate(args.checkpoint, model, tokenizer, sets, rank)
     if rank == 0:
         print(f"{'set':20} {'facts':>6} {'correct':>8} {'accuracy':>9}")
         for name, row in results.items():
             print(f"{name:20} {row['total']:6} {row['correct']:8} {row['accuracy']:8.1f}%")
-    dist.destroy_process_group()
+    leave()
+
+
+def open_checkpoint(args):
+    """(tokenizer, model, rank), with the process group set up."""
+    tokenizer = load_tokenizer(args.checkpoint)
+    device, rank, _ = setup_device()
+    model = load_model(args.checkpoint, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+    check_vocabulary(tokenizer, model.config, args.checkpoint)
+    return tokenizer, model, rank
 
 
 if __name__ == "__main__":
@@ -391,3 +403,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, DataError) as error:
         fail(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        fail(error, 1)

@@ -14,7 +14,6 @@ Axes: L layers, n answer tokens, V vocabulary, P parameters.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import os
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, micro_batches, resolve, set_label, write_file
-from evaluate import fail, is_correct, mix_label, model_name, predict, read_lineage, read_rows, setup_device, stage_facts
+from evaluate import fail, is_correct, leave, mix_label, model_name, predict, read_lineage, read_rows, setup_device, stage_facts
 from model import CheckpointError, Config, check_saved, load_model, load_weights, write_json
 from train import batches, build_sharded, collate, keep_freed_memory, learning_rate, reshard
 
@@ -51,9 +50,7 @@ def main():
         (transplant if args.transplant else recover)(args, path, lineage, device, rank)
     else:
         probe(args, stages, device, rank)
-    gc.collect()  # Gloo can abort at exit while sharded tensors are alive.
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def parse_args():
@@ -727,3 +724,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, DataError) as error:
         fail(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        fail(error, 1)

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
-import gc
 import hashlib
 import itertools
 import json
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 from data import (DEFAULT_WORDS, SETS, DataError, Parser, copy_tokenizer, encode_example, epoch_order, load_examples, load_tokenizer,
                   micro_batches, set_label, write_file)  # fmt: skip
-from evaluate import check_vocabulary, familiarity, fail, is_correct, model_name, predict, read_lineage, setup_device, stage_facts
+from evaluate import check_vocabulary, familiarity, fail, is_correct, leave, model_name, predict, read_lineage, setup_device, stage_facts
 from model import (MANIFEST, CheckpointError, Config, SaveError, build_model, from_all, load_weights, local, local_rows, naming, rows_of,
                    save_model, together, verify, weights_dtype, write_json, write_tensors)  # fmt: skip
 
@@ -549,11 +548,8 @@ def main():
                 for old in out.glob("state-*"):
                     shutil.rmtree(old)
         say(f"{out}: {step} steps, loss {loss:.2e}, stopped by {stopped_by}")
-    # Gloo can abort at exit while sharded tensors are alive.
     del model, optimizer
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
     if stopped_by == "SIGTERM" and rank > 0:
         sys.exit(128 + signal.SIGTERM)
     if stopped_by == "SIGTERM":

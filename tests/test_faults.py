@@ -19,9 +19,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CONFIG, ROOT
 from safetensors.torch import load_file
-from test_train import COMMON, CONFIG, metrics, work  # noqa: F401: work is a fixture
+from test_train import COMMON, metrics  # noqa: F401: work is a fixture
 
 from model import CheckpointError, load_model, save_model
 

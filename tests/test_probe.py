@@ -1,34 +1,18 @@
 """probe.py against values worked out by hand, against plain loops, and as it is run."""
 
-import base64
 import json
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import GOLDEN, run, tiny_llama
 
 import probe
 from data import DataError, encode_example, load_examples, load_tokenizer
 from evaluate import setup_device
-from model import CheckpointError, Config, Transformer, load_model, save_model
-
-CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "float32"}  # fmt: skip
-
-
-def run(cwd, script, *args, ranks=None, ok=True):
-    """Run one of the project's scripts in folder cwd, under torchrun if ranks are given; returns the finished process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else [sys.executable]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-    assert not ok or done.returncode == 0, done.stderr
-    return done
-
+from model import CheckpointError, Config, Transformer, load_model
 
 def read(file):
     return json.loads(file.read_text())
@@ -38,12 +22,7 @@ def read(file):
 def work(tmp_path_factory):
     """A tiny Llama that learned eight facts ("one") and then lost some to others ("one/two")."""
     folder = tmp_path_factory.mktemp("work")
-    tiny = folder / "models" / "tiny"
-    tiny.mkdir(parents=True)
-    (tiny / "config.json").write_text(json.dumps(CONFIG))
-    (tiny / "tokenizer.model").write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
-    torch.manual_seed(0)
-    save_model(Transformer(Config.from_folder(tiny)), tiny)
+    tiny_llama(folder / "models" / "tiny", num_hidden_layers=3)
     common = ["--batch-size", 8, "--lr", 3e-3, "--precision", "fp32"]
     run(folder, "train.py", "--stage", 1, "--model", "models/tiny", "--num-examples", 8, "--epochs", 120, *common, "--out", "one")
     run(folder, "train.py", "--stage", 2, "--model", "one", "--data", "bios", "--num-examples", 6, "--epochs", 2, "--mix", "random",
@@ -77,7 +56,7 @@ def worked_out():
     second into j + 2 (mod 4); where it is j, token v has logit -2 ((v + 6 j) mod 24)."""
     raw = {"model_type": "llama", "vocab_size": 24, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 2,
            "num_attention_heads": 1, "rms_norm_eps": 1e-12}  # fmt: skip
-    config = Config(**{**vars(Config.from_folder(ROOT / "tests/golden/llama2")), **raw, "num_key_value_heads": 1, "head_dim": 4, "raw": raw})
+    config = Config(**{**vars(Config.from_folder(GOLDEN / "llama2")), **raw, "num_key_value_heads": 1, "head_dim": 4, "raw": raw})
     model, unit = Transformer(config), torch.eye(4)
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(unit[torch.arange(24) % 4])

@@ -1,34 +1,16 @@
 """train.py and evaluate.py as they are run: real processes, compared with a loop written out by hand."""
 
-import base64
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import run, tiny_llama
 from safetensors.torch import load_file
 
 from data import encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
-from model import Config, Transformer, load_model, save_model
-
-CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "float32"}  # fmt: skip
-
-
-def run(cwd, script, *args, ranks=None, ok=True):
-    """Run one of the project's scripts in folder cwd, under torchrun if ranks are given; returns the finished process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else [sys.executable]
-    command = [*launcher, str(ROOT / script), *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-    assert not ok or done.returncode == 0, done.stderr
-    return done
+from model import load_model, save_model
 
 
 def metrics(folder):
@@ -39,12 +21,7 @@ def metrics(folder):
 def work(tmp_path_factory):
     """A folder with a tiny random Llama and a tokenizer of single bytes in Llama 3's format."""
     folder = tmp_path_factory.mktemp("work")
-    tiny = folder / "models" / "tiny"
-    tiny.mkdir(parents=True)
-    (tiny / "config.json").write_text(json.dumps(CONFIG))
-    (tiny / "tokenizer.model").write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
-    torch.manual_seed(0)
-    save_model(Transformer(Config.from_folder(tiny)), tiny)
+    tiny_llama(folder / "models" / "tiny")
     return folder
 
 
@@ -54,7 +31,7 @@ COMMON = ["--stage", 1, "--model", "models/tiny", "--num-examples", 7, "--mix", 
 
 def plain_loop(work):
     """Losses and weights after the three steps that COMMON asks for: one example at a time, no padding, AdamW by hand."""
-    model, tokenizer = load_model(work / "models/tiny", torch.float32), load_tokenizer(work / "models/tiny")
+    model = load_model(work / "models/tiny", torch.float32)
     examples = load_examples("kvr", 7, work / "data")[0] + load_examples("random", 7, work / "data", 3)[0]
     params = list(model.parameters())
     first, second = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
