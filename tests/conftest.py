@@ -80,6 +80,14 @@ def tiny_llama(folder, **changes):
     return folder
 
 
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny random Llama and a tokenizer of single bytes in Llama 3's format."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_llama(folder / "models" / "tiny")
+    return folder
+
+
 def run(cwd, script, *args, ranks=None, ok=True):
     """Run one of the project's scripts in folder cwd, under torchrun if ranks are given; returns the finished process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else [sys.executable]

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import CONFIG, ROOT
 from safetensors.torch import load_file
-from test_train import COMMON, metrics  # noqa: F401: work is a fixture
+from test_train import COMMON, metrics
 
 from model import CheckpointError, load_model, save_model
 
@@ -91,7 +91,7 @@ def outcome(out):
 
 
 @pytest.fixture(scope="module")
-def unbroken(work, server):  # noqa: F811
+def unbroken(work, server):
     """What runs on one rank and on two end with when nothing happens."""
     outcomes = {}
     for ranks in (1, 2):
@@ -105,7 +105,7 @@ def unbroken(work, server):  # noqa: F811
 # ---------------------------------------------------------------- kills
 
 
-def test_killed_at_any_moment(work, server, unbroken, request):  # noqa: F811
+def test_killed_at_any_moment(work, server, unbroken, request):
     """kill -9 in steps, in saves of the state and in the last save: --resume ends with the unbroken run's weights and log, bit for bit."""
     chance = random.Random(0)
     hit = {"between saves": 0, "in a state's save": 0, "in the last save": 0}
@@ -138,7 +138,7 @@ def test_killed_at_any_moment(work, server, unbroken, request):  # noqa: F811
     assert all(hit.values()), hit
 
 
-def test_killed_again_and_again(work, server, unbroken):  # noqa: F811
+def test_killed_again_and_again(work, server, unbroken):
     """A run that is killed after each of its states, and goes on with one rank, two, four and two, ends with equal losses and one log."""
     out = work / "again"
     for ranks, last in ((1, 8), (2, 16), (4, 24), (2, None)):
@@ -155,7 +155,7 @@ def test_killed_again_and_again(work, server, unbroken):  # noqa: F811
     assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-4)
 
 
-def test_ranks_agree(work, server, unbroken):  # noqa: F811
+def test_ranks_agree(work, server, unbroken):
     """One rank, two and four end with equal losses."""
     assert train(server, work, *TRAIN, "--out", "four", ranks=4)[0] == [0] * 4
     losses = [row["loss"] for row in unbroken[1][1]]
@@ -163,7 +163,7 @@ def test_ranks_agree(work, server, unbroken):  # noqa: F811
         assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-4)
 
 
-def slow_run(work, out):  # noqa: F811
+def slow_run(work, out):
     """A run under torchrun that would last minutes, once it has made two steps: (torchrun, its ranks' process ids)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py", *TRAIN,
                "--epochs", "3000", "--out", out]  # fmt: skip
@@ -177,7 +177,7 @@ def slow_run(work, out):  # noqa: F811
     return torchrun, sorted(map(int, children.stdout.split()))
 
 
-def test_one_rank_dies(work):  # noqa: F811
+def test_one_rank_dies(work):
     """kill -9 of one rank ends the whole job within a minute, and torchrun names the signal."""
     torchrun, ranks = slow_run(work, "rank-died")
     os.kill(ranks[1], signal.SIGKILL)
@@ -188,7 +188,7 @@ def test_one_rank_dies(work):  # noqa: F811
     assert not (work / "rank-died/run.json").exists()
 
 
-def test_sigterm(work):  # noqa: F811
+def test_sigterm(work):
     """SIGTERM to torchrun: both ranks end their step, save it and say how to go on; the next run goes on there."""
     torchrun, _ = slow_run(work, "terminated")
     torchrun.terminate()
@@ -200,7 +200,7 @@ def test_sigterm(work):  # noqa: F811
     assert not (work / "terminated/run.json").exists()
 
 
-def test_sigterm_loses_no_step(work, server, unbroken):  # noqa: F811
+def test_sigterm_loses_no_step(work, server, unbroken):
     """A run stopped by SIGTERM has status 143, no state but that of its last step, and ends after --resume as if nothing had happened."""
     out = work / "stopped"
     processes = start(server, work, *TRAIN, "--save-every", 0, "--out", out)
@@ -235,7 +235,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_disk_full(work, server, unbroken, small_disk, ranks):  # noqa: F811
+def test_disk_full(work, server, unbroken, small_disk, ranks):
     """The second state does not fit: one line names it, the first stays, and with room the run ends as if nothing had happened."""
     size = 12 * sum(t.numel() for t in load_file(work / "models/tiny/model.safetensors").values())
     if small_disk:
@@ -264,7 +264,7 @@ def test_disk_full(work, server, unbroken, small_disk, ranks):  # noqa: F811
     assert outcome(out) == unbroken[ranks]
 
 
-def test_disk_full_at_the_last_save(work, server, unbroken):  # noqa: F811
+def test_disk_full_at_the_last_save(work, server, unbroken):
     """Weights that cannot be written end the run with one line; the state stays, and --resume ends it."""
     size = 4 * sum(t.numel() for t in load_file(work / "models/tiny/model.safetensors").values())
     out = work / "full-at-the-end"
@@ -301,7 +301,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damaged_checkpoint(work, server, unbroken, tmp_path, what):  # noqa: F811
+def test_damaged_checkpoint(work, server, unbroken, tmp_path, what):
     """A saved checkpoint that is not what was saved is refused by name: in load_model, and by the next stage and the evaluation."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(work / "unbroken-1", folder)
@@ -315,7 +315,7 @@ def test_damaged_checkpoint(work, server, unbroken, tmp_path, what):  # noqa: F8
         assert statuses == [2] and output.splitlines()[-1].startswith(f"{script}: {named}: "), output
 
 
-def test_damaged_shards(tmp_path, work, monkeypatch):  # noqa: F811
+def test_damaged_shards(tmp_path, work, monkeypatch):
     """The same holds for a checkpoint in shards, wherever the damage is."""
     monkeypatch.setattr("model.SHARD_BYTES", 100_000)
     save_model(load_model(work / "models/tiny", torch.float32), tmp_path)
@@ -334,7 +334,7 @@ def test_damaged_shards(tmp_path, work, monkeypatch):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def interrupted(work, server):  # noqa: F811
+def interrupted(work, server):
     """A run on two ranks that was killed after a state."""
     out = work / "interrupted"
     processes = start(server, work, *TRAIN, "--out", out, ranks=2)
@@ -347,7 +347,7 @@ def interrupted(work, server):  # noqa: F811
 
 
 @pytest.mark.parametrize("what", [*DAMAGE, "manifest", "log"])
-def test_damaged_state(work, server, interrupted, what):  # noqa: F811
+def test_damaged_state(work, server, interrupted, what):
     """A state that is not what was saved ends --resume with status 2 and its name; nothing is trained again in silence."""
     out = interrupted.with_name(f"damaged-{what}")
     shutil.copytree(interrupted, out)
@@ -368,7 +368,7 @@ def test_damaged_state(work, server, interrupted, what):  # noqa: F811
     assert state.exists() and not (out / "run.json").exists()
 
 
-def test_weight_not_a_number(work, server, tmp_path):  # noqa: F811
+def test_weight_not_a_number(work, server, tmp_path):
     """A NaN in a checkpoint's weights ends the next stage before its first step, under two ranks too, though only one of them reads it."""
     model = load_model(work / "models/tiny", torch.float32)
     model.model.norm.weight.data[-1] = float("nan")
@@ -378,7 +378,7 @@ def test_weight_not_a_number(work, server, tmp_path):  # noqa: F811
     assert statuses == [2, 2] and f"{tmp_path}/model.safetensors: tensor model.norm.weight holds NaN" in output and "Traceback" not in output, output
 
 
-def test_nothing_supervised(work, server):  # noqa: F811
+def test_nothing_supervised(work, server):
     """Examples cut before their answer are left out, and a rank whose share of a batch is empty changes nothing."""
     facts = [{"id": f"f{i}", "prompt": "p" * (200 if i % 2 else 2), "response": "r" * 5} for i in range(5)]
     (work / "half.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
@@ -402,20 +402,20 @@ def test_nothing_supervised(work, server):  # noqa: F811
     (["--data", "kvr-id"], "data was kvr, now kvr-id"),
     (["--precision", "bf16"], "precision was fp32, now bf16"),
 ])  # fmt: skip
-def test_other_settings(work, server, interrupted, options, difference):  # noqa: F811
+def test_other_settings(work, server, interrupted, options, difference):
     """--resume with other settings or data prints what differs and stops."""
     statuses, output = train(server, work, *TRAIN, *options, "--out", interrupted, "--resume")
     assert statuses == [2] and difference in output, output
 
 
-def test_folder_of_an_unfinished_run(work, server, interrupted):  # noqa: F811
+def test_folder_of_an_unfinished_run(work, server, interrupted):
     """Without --resume an unfinished run is not overwritten; with it, a folder without a state begins at the first step."""
     statuses, output = train(server, work, *TRAIN, "--out", interrupted)
     assert statuses == [2] and "--resume" in output and list(interrupted.glob("state-*")), output
     assert train(server, work, *TRAIN, "--out", "new", "--resume")[0] == [0]
 
 
-def test_two_runs_in_one_folder(work, server):  # noqa: F811
+def test_two_runs_in_one_folder(work, server):
     """The second run in a folder is refused while the first one lives."""
     (work / "shared").mkdir()
     with open(work / "shared/metrics.jsonl", "a") as log:
@@ -429,7 +429,7 @@ def test_two_runs_in_one_folder(work, server):  # noqa: F811
 
 
 @pytest.mark.parametrize("options", [["--precision", "bf16-mixed"], ["--precision", "bf16"], ["--precision", "fp32", "--checkpoint-activations"]])
-def test_precisions_go_on(work, server, options):  # noqa: F811
+def test_precisions_go_on(work, server, options):
     """Each precision ends after SIGTERM and --resume with the weights of a run that was not stopped."""
     name = "-".join(options).strip("-")
     options = [*TRAIN, *options]
@@ -443,13 +443,13 @@ def test_precisions_go_on(work, server, options):  # noqa: F811
     assert outcome(work / f"{name}-stopped") == outcome(work / f"{name}-unbroken")
 
 
-def test_recomputed_activations(work, server, unbroken):  # noqa: F811
+def test_recomputed_activations(work, server, unbroken):
     """--checkpoint-activations changes no bit, on two ranks."""
     assert train(server, work, *TRAIN, "--checkpoint-activations", "--out", "recomputed", ranks=2)[0] == [0, 0]
     assert outcome(work / "recomputed") == unbroken[2]
 
 
-def test_dry_run(work, server, unbroken):  # noqa: F811
+def test_dry_run(work, server, unbroken):
     """--dry-run reads no weights, counts steps and tokens as the run does, and refuses what does not fit with what would."""
     folder = work / "planned"
     statuses, output = train(server, work, *TRAIN, "--out", folder, "--dry-run", "8", "--gpu-memory", "80")

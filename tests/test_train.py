@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run, tiny_llama
+from conftest import run
 from safetensors.torch import load_file
 
 from data import encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
@@ -15,14 +15,6 @@ from model import load_model, save_model
 
 def metrics(folder):
     return [json.loads(line) for line in open(folder / "metrics.jsonl")]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with a tiny random Llama and a tokenizer of single bytes in Llama 3's format."""
-    folder = tmp_path_factory.mktemp("work")
-    tiny_llama(folder / "models" / "tiny")
-    return folder
 
 
 COMMON = ["--stage", 1, "--model", "models/tiny", "--num-examples", 7, "--mix", "random", "--mix-ratio", 1, "--mix-words", 3,
