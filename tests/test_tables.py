@@ -5,8 +5,7 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT
-from test_train import run, work  # noqa: F401  (work is a fixture)
+from conftest import ROOT, run
 
 from evaluate import bootstrap, misprinted, paper_figures, tables
 
