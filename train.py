@@ -349,8 +349,9 @@ def plan(args, config, lineage, tokenizer):
     share = 1 if gpu else ranks  # without GPUs all ranks are taken to share this machine's memory
     if sum(parts.values()) * share > room:
         ways = {"--checkpoint-activations": {"recomputed": True}, "--precision bf16": {"precision": "bf16"},
-                "both of these": {"recomputed": True, "precision": "bf16"}}  # fmt: skip
+                "--checkpoint-activations --precision bf16": {"recomputed": True, "precision": "bf16"}}  # fmt: skip
         fitting = [way for way, change in ways.items() if sum(need(**change).values()) * share <= room]
+        fitting = fitting[:-1] or fitting  # both options only where neither is enough
         more = [n for n in (2**i for i in range(11)) if gpu and n > ranks and sum(need(ranks=n).values()) <= room]
         fitting += [f"{n} ranks" for n in more[:1]]
         problems.append(f"{gb(sum(parts.values()))} GB needed for {of}, {gb(room / share)} GB there; "
