@@ -74,30 +74,34 @@ def fail(error, status=2):
     sys.exit(status)
 
 
-def predict(model, tokenizer, examples, progress=False):
+def predict(model, tokenizer, examples, progress=False, batch=BATCH):
     """Greedy answers, a text for each example; under torch.distributed every rank calls it with the same examples.
 
     The prompt is exactly what was trained on; an answer may be a few tokens longer than the longest right one.
     """
-    prompts, longest = [], 0
+    prompts, answers = [], []
     for example in examples:
         ids, labels = encode_example(tokenizer, example)
         start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
         prompts.append(ids[:start])
-        longest = max(longest, len(ids) - start)
-    return ask(model, tokenizer, prompts, longest + 4, tokenizer.eos_id, progress)
+        answers.append(ids[start:])
+    return ask(model, tokenizer, prompts, max(map(len, answers)) + 4, tokenizer.eos_id, progress, answers, batch)
 
 
-def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False):
-    """Greedy continuations of prompts (lists of ids) as texts, shared out over the ranks; ends: the id or ids that end one."""
+def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=None, batch=BATCH):
+    """Greedy continuations of prompts (lists of ids) as texts, shared out over the ranks; ends: the id or ids that end one.
+
+    drafts: the likeliest answers, which only save time (see Transformer.generate).
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine = by_length[rank::world]
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
     new_ids = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device)
-    for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
-        rows = mine[start : start + BATCH]
-        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends)):
+    for start in tqdm(range(0, len(by_length[::world]), batch), desc="asking", disable=not progress or rank > 0):
+        rows = mine[start : start + batch]
+        guesses = drafts and [drafts[i] for i in rows]
+        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses)):
             new_ids[row, : len(ids)] = torch.tensor(ids, device=new_ids.device) + 1  # 0 means no token
     if world > 1:
         dist.all_reduce(new_ids)

@@ -172,18 +172,23 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+HEAD_ROWS = 128  # positions whose logits exist at a time in generation
+
+
 class Cache:
     """Keys and values of a batch of right-padded prompts; slot s of a row holds its token at position s.
 
     A row's new tokens overwrite its padding, so a row's result does not depend on the batch it is in.
     """
 
-    def __init__(self, lengths, slots):
+    def __init__(self, slots, asked):
         self.slots = slots
+        self.asked = asked  # (rows, positions) of the prompts whose logits are wanted
         self.layers = []  # one (k, v) a layer, each (B, K, S, D)
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-        self.last = lengths - 1  # (B,) position of each row's newest token
-        self.filled = False  # whether the prompts have been through
+        self.last = None  # (B,) position of each row's newest token, once the prompts have been through
+
+    def keep(self, rows):
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
     def prefill(self, k, v):
         """Take the next layer's keys and values of the prompts, (B, K, T, D)."""
@@ -193,7 +198,7 @@ class Cache:
     def append(self, i, k, v):
         """Add layer i's keys and values of the newest tokens, (B, K, 1, D); returns all of that layer's slots."""
         for slots, new in zip(self.layers[i], (k, v)):
-            slots[self.rows, :, self.last] = new[:, :, 0]
+            slots[torch.arange(len(new)), :, self.last] = new[:, :, 0]
         return self.layers[i]
 
 
@@ -234,7 +239,7 @@ class Attention(nn.Module):
         heads = lambda y: y.view(B, T, -1, self.config.head_dim).transpose(1, 2)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None and cache.filled:
+        if cache is not None and cache.last is not None:
             k, v = cache.append(i, k, v)
         elif cache is not None:
             cache.prefill(k, v)
@@ -287,9 +292,9 @@ class Transformer(nn.Module):
 
         labels (B, T): -> (loss_sum fp32 scalar, n_tokens); labels[t] is predicted from ids[:t], -100 is not supervised.
         return_hidden: -> (L + 1, B, T, C), the residual stream after the embedding and after each block, before the final norm.
-        cache: -> logits (B, V) after each row's newest token; used by `generate`.
+        cache: -> the likeliest next ids, (n,) at the positions asked for, then (B,) after each row's newest token; used by `generate`.
         """
-        T, decoding = ids.shape[1], cache is not None and cache.filled
+        T, decoding = ids.shape[1], cache is not None and cache.last is not None
         positions = cache.last[:, None] if decoding else torch.arange(T, device=ids.device)[None]  # (B, 1) or (1, T)
         x = self.model.embed_tokens(ids)
         x = x.to(self.compute_dtype or x.dtype)
@@ -312,7 +317,8 @@ class Transformer(nn.Module):
             logits = self._head(x[:, :-1][keep]).float()  # (supervised, V)
             return F.cross_entropy(logits, targets[keep], reduction="sum"), keep.sum()
         if cache is not None:
-            x = x[:, 0] if decoding else x[cache.rows, cache.last]
+            x = x[:, 0] if decoding else x[cache.asked]
+            return torch.cat([self._head(rows).argmax(-1) for rows in x.split(HEAD_ROWS)])
         return self._head(x)
 
     def _head(self, x):
@@ -344,33 +350,53 @@ class Transformer(nn.Module):
         return (behind >= 0) & (behind < window)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, eos_id):
+    def generate(self, prompts, max_new_tokens, eos_id, drafts=None):
         """Greedy continuation of prompts (lists of ids, any lengths): lists of new ids, without eos.
 
         eos_id may also be a set of ids, each of which ends an answer.
+        drafts: a guess at each answer, lists of ids. They change nothing but the time: one pass over prompts and drafts tells up to
+        where a draft is the greedy choice, and only from there is one token generated at a time.
         Under torch.distributed every rank must call it equally often, because each forward is a collective;
         a rank with nothing to ask passes an empty list.
         """
+        if max_new_tokens < 1:
+            return [[] for _ in prompts]
         device = self.model.embed_tokens.weight.device
         ends = {eos_id} if isinstance(eos_id, int) else eos_id
         rows = prompts or [[0]]
-        lengths = torch.tensor([len(p) for p in rows], device=device)
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, device=device)
-        for i, prompt in enumerate(rows):
-            ids[i, : len(prompt)] = torch.tensor(prompt)
-        cache = Cache(lengths, ids.shape[1] + max_new_tokens)
-        new, done, end_ids = [], torch.zeros(len(rows), dtype=torch.bool, device=device), torch.tensor(sorted(ends), device=device)
-        for _ in range(max_new_tokens):
-            new.append(self(ids, cache=cache).argmax(-1))
-            cache.filled, cache.last, ids = True, cache.last + 1, new[-1][:, None]
-            done |= torch.isin(new[-1], end_ids)
-            stop = done.all().int()
+        drafts = [draft[: max_new_tokens - 1] for draft in drafts] if drafts else [[]] * len(rows)
+        starts = [len(prompt) - 1 for prompt in rows]
+        ids = torch.zeros(len(rows), max(len(prompt + draft) for prompt, draft in zip(rows, drafts)), dtype=torch.long)
+        for i, (prompt, draft) in enumerate(zip(rows, drafts)):
+            ids[i, : len(prompt + draft)] = torch.tensor(prompt + draft)
+        # The end of a prompt predicts its draft's first token, and the end of the draft one more.
+        asked = [(i, starts[i] + k) for i, draft in enumerate(drafts) for k in range(len(draft) + 1)]
+        cache = Cache(max(starts) + 1 + max_new_tokens, tuple(torch.tensor(asked, device=device).T))
+        choices = iter(self(ids.to(device), cache=cache).tolist())
+        new = []
+        for draft in drafts:
+            greedy = list(itertools.islice(choices, len(draft) + 1))
+            agreed = next((k for k, token in enumerate(draft) if token != greedy[k]), len(draft))
+            new.append(greedy[: agreed + 1])
+
+        alive = list(range(len(rows)))  # the rows in the cache; those that are done repeat their last step until half are
+        while True:
+            running = {i for i in alive if ends.isdisjoint(new[i]) and len(new[i]) < max_new_tokens}
+            stop = torch.tensor(int(not running), device=device)
             if dist.is_initialized():
                 dist.all_reduce(stop, dist.ReduceOp.MIN)
             if stop:
                 break
-        out = torch.stack(new, dim=1).tolist() if new else [[] for _ in rows]
-        return [list(itertools.takewhile(lambda i: i not in ends, row)) for row in out][: len(prompts)]
+            if 2 * len(running) <= len(alive):
+                kept = [k for k, i in enumerate(alive) if i in running] or [0]
+                cache.keep(torch.tensor(kept, device=device))
+                alive = [alive[k] for k in kept]
+            cache.last = torch.tensor([starts[i] + len(new[i]) for i in alive], device=device)
+            newest = torch.tensor([new[i][-1:] for i in alive], device=device)
+            for i, choice in zip(alive, self(newest, cache=cache).tolist()):
+                if i in running:
+                    new[i].append(choice)
+        return [list(itertools.takewhile(lambda i: i not in ends, row)) for row in new][: len(prompts)]
 
 
 # ---------------------------------------------------------------- ranks that read and write files

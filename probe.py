@@ -27,12 +27,13 @@ from tqdm import tqdm
 
 from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, micro_batches, resolve, set_label, write_file
 from evaluate import fail, is_correct, leave, mix_label, model_name, predict, read_lineage, read_rows, setup_device, stage_facts
-from model import CheckpointError, Config, check_saved, load_model, load_weights, write_json
-from train import batches, build_sharded, collate, keep_freed_memory, learning_rate, reshard
+from model import CheckpointError, Config, check_saved, load_model, load_weights, local, write_json
+from train import asking, batch_loss, batches, build_sharded, collate, keep_freed_memory, learning_rate, n_supervised
 
 TOP_K = 10  # section 5
 MICRO_TOKENS = 1024  # most tokens of a forward pass, padding included
 HEAD_ROWS = 128  # positions whose logits exist at a time
+ASKED = 32  # prompts that generate together: their keys and values are most of the lens's memory
 
 
 def main():
@@ -144,7 +145,7 @@ def probe_one(args, path, facts, device):
     """(what probe.NAME.json says of a model folder, the rank of each fact's worst token (L + 1, facts))."""
     tokenizer = load_tokenizer(path)
     model = load_model(path, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
-    correct = [is_correct(p, fact["response"]) for p, fact in zip(predict(model, tokenizer, facts, progress=True), facts)]
+    correct = [is_correct(p, fact["response"]) for p, fact in zip(predict(model, tokenizer, facts, progress=True, batch=ASKED), facts)]
     ranks, log_probs, floor, owner = read_layers(model, tokenizer, facts, args.first_token)
     result = {"layers": model.config.num_hidden_layers, "top_k": TOP_K, **summary(ranks, log_probs), "total": ranks.shape[1],
               "accuracy": 100 * sum(correct) / len(facts), "facts": len(facts), "first_token": args.first_token,
@@ -331,7 +332,7 @@ def meter(args, path, facts, steps, lr, device):
     tokenizer = load_tokenizer(path)
     model = sharded(path, "fp32", device)
     names = [name for name, _ in model.named_parameters()]
-    weights = [p.to_local().detach().clone() for p in model.parameters()]
+    weights = [local(p).detach().clone() for p in model.parameters()]
 
     def sample(examples, size):
         encoded = [encode_example(tokenizer, example) for example in examples]
@@ -348,22 +349,23 @@ def meter(args, path, facts, steps, lr, device):
     found = [[] for _ in steps]
     bar = tqdm(total=len(of_a) * len(steps), desc="gradients", disable=dist.get_rank() > 0)
     for k, batch in enumerate(of_a):
-        loss, a = gradient(model, batch, device)
+        loss, a = gradient(model, batch)
         losses.append(loss)
         for (batches_b, batches_m), rows in zip(samples, found):
             batch_b = batches_b[k % len(batches_b)]
-            _, b = gradient(model, batch_b, device)
+            _, b = gradient(model, batch_b)
             row = {"AA": inner(a, a), "AB": inner(a, b), "BB": inner(b, b)}
-            row["first_order"], row["real"] = {"B": -lr * row["AB"].sum()}, {"B": real_change(model, weights, b, lr, batch, loss, device)}
+            row["first_order"], row["real"] = {"B": -lr * row["AB"].sum()}, {"B": real_change(model, weights, b, lr, batch, loss)}
             if batches_m:
                 batch_m = batches_m[k % len(batches_m)]
-                _, m = gradient(model, batch_m, device)
+                _, m = gradient(model, batch_m)
                 row |= {"AM": inner(a, m), "MM": inner(m, m), "BM": inner(b, m)}
                 # The gradient of the union is the mean by answer tokens, as in training: appendix A.3's beta_1 and beta_2.
-                share = n_answer(batch_m) / (n_answer(batch_b) + n_answer(batch_m))
+                of_b, of_m = (sum(n_supervised(labels) for _, labels in examples) for examples in (batch_b, batch_m))
+                share = of_m / (of_b + of_m)
                 union = [x.lerp(y, share) for x, y in zip(b, m)]
                 row["first_order"]["B+M"] = -lr * ((1 - share) * row["AB"] + share * row["AM"]).sum()
-                row["real"]["B+M"] = real_change(model, weights, union, lr, batch, loss, device)
+                row["real"]["B+M"] = real_change(model, weights, union, lr, batch, loss)
             rows.append(row)
             bar.update()
     bar.close()
@@ -372,33 +374,10 @@ def meter(args, path, facts, steps, lr, device):
     return rows, list(dict.fromkeys(layers)), sum(losses) / len(losses)
 
 
-def batch_loss(model, batch, device, learn=False):
-    """The mean loss of an answer token of a batch, [(ids, labels), ...], over all ranks; learn: leaves its gradient in the parameters."""
-    rank, world, n = dist.get_rank(), dist.get_world_size(), n_answer(batch)
-    groups = micro_batches({i: len(ids) for i, (ids, _) in enumerate(batch)}, MICRO_TOKENS, world)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for k in range(0, len(groups), world):
-        ids, labels = collate([batch[i] for i in groups[k + rank]], device)
-        model.set_requires_gradient_sync(k + world == len(groups))
-        with torch.set_grad_enabled(learn):
-            loss_sum, _ = model(ids, labels=labels)
-        if learn:
-            (loss_sum * world / n).backward()  # gradients are averaged over ranks
-        total += loss_sum.detach()
-    dist.all_reduce(total)
-    if not learn:
-        reshard(model)
-    return total.item() / n
-
-
-def n_answer(batch):
-    return sum(label != -100 for _, labels in batch for label in labels)
-
-
-def gradient(model, batch, device):
+def gradient(model, batch):
     """(loss of a batch, its gradient: this rank's rows of each of the P parameters)."""
-    loss = batch_loss(model, batch, device, learn=True)
-    gradients = [p.grad.to_local() for p in model.parameters()]
+    loss = batch_loss(model, batch, MICRO_TOKENS)
+    gradients = [local(p.grad) for p in model.parameters()]
     model.zero_grad()
     return loss, gradients
 
@@ -411,13 +390,13 @@ def inner(x, y):
 
 
 @torch.no_grad()
-def real_change(model, weights, direction, lr, batch, before, device):
+def real_change(model, weights, direction, lr, batch, before):
     """What a plain gradient step of size lr really does to a batch's loss; the weights are put back."""
     for p, w, g in zip(model.parameters(), weights, direction):
-        p.to_local().copy_(w - lr * g)
-    after = batch_loss(model, batch, device)
+        local(p).copy_(w - lr * g)
+    after = batch_loss(model, batch, MICRO_TOKENS, learn=False)
     for p, w in zip(model.parameters(), weights):
-        p.to_local().copy_(w)
+        local(p).copy_(w)
     return after - before
 
 
@@ -557,10 +536,8 @@ def recover(args, path, lineage, device, rank):
     model = sharded(path, lineage[-1].get("precision", "bf16-mixed"), device)
 
     def ask(model):
-        with torch.no_grad():
-            right = [is_correct(p, fact["response"]) for p, fact in zip(predict(model, tokenizer, facts), facts)]
-        reshard(model)
-        return right
+        with asking(model):
+            return [is_correct(p, fact["response"]) for p, fact in zip(predict(model, tokenizer, facts), facts)]
 
     before = ask(model)
     lost = [i for i, right in enumerate(before) if not right]
@@ -578,7 +555,7 @@ def recover(args, path, lineage, device, rank):
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)  # as in train.py
         order = batches(len(encoded), args.batch_size, args.steps, args.seed)
         for step, (_, batch) in enumerate(itertools.islice(tqdm(order, total=args.steps, desc=arm, disable=rank > 0), args.steps), 1):
-            loss = batch_loss(model, [encoded[i] for i in batch], device, learn=True)
+            loss = batch_loss(model, [encoded[i] for i in batch], MICRO_TOKENS)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, lr)

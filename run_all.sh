@@ -68,8 +68,8 @@ demo() {
 plan() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${*:4}"; }
 
 # first TABLES MODEL LABEL arguments: a stage 1; then TABLES STAGE1 LABEL arguments: a stage inside it.
-first() { plan "$1" "$runs/$(basename "$2")/$3-s$seed" - --stage 1 --model "$2" --seed "$seed" $size "${@:4}"; }
-later() { plan "$1" "$2/$3-s$seed" "$2" --stage "${stage:-2}" --model "$2" --seed "$seed" $size "${@:4}"; }
+first() { plan "$1" "$runs/$(basename "$2")/$3-s$seed" - --stage 1 --model "$2" --seed "$seed" $size $pace "${@:4}"; }
+later() { plan "$1" "$2/$3-s$seed" "$2" --stage "${stage:-2}" --model "$2" --seed "$seed" $size $later_pace "${@:4}"; }
 mixed() { [ "$1" = - ] && return; echo "--mix $1"; }  # the arguments of a mix
 plus() { [ "$1" = - ] && return; echo "+$1"; }  # its part of a folder's name
 
@@ -222,7 +222,7 @@ run_grid() {
 }
 
 seeds="0 1 2" runs=runs only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision=
-llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 size="--num-examples 2000" generic=k-pile sources=yes
+llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 size="--num-examples 2000" pace= later_pace= generic=k-pile sources=yes
 launch=${LAUNCH:-$python}
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
@@ -240,7 +240,8 @@ while [ $# -gt 0 ]; do
     --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2; shift ;;
     --small)
       choose_precision
-      llama=$smollm2 mistral=$smollm2 size="--num-examples 16 --batch-size 8 --lr 3e-4 --epochs 16 --mix-words 4" sets_a="kvr bios"
+      llama=$smollm2 mistral=$smollm2 size="--num-examples 16 --batch-size 8 --mix-words 4" sets_a="kvr bios"
+      pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8"
       present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;

@@ -189,6 +189,26 @@ def collate(examples, device):
     return ids.to(device), labels.to(device)
 
 
+def batch_loss(model, batch, micro_tokens, learn=True):
+    """The mean loss of an answer token of a batch, [(ids, labels), ...], over all ranks; learn: leaves its gradient in the parameters."""
+    rank, world, device = dist.get_rank(), dist.get_world_size(), model.model.embed_tokens.weight.device
+    n_tokens = sum(n_supervised(labels) for _, labels in batch)
+    groups = micro_batches({i: len(ids) for i, (ids, _) in enumerate(batch)}, micro_tokens, world)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for k in range(0, len(groups), world):
+        ids, labels = collate([batch[i] for i in groups[k + rank]], device)
+        with torch.set_grad_enabled(learn):
+            micro_sum, _ = model(ids, labels=labels)
+        if learn:
+            # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
+            (micro_sum * world / n_tokens).backward()
+        total += micro_sum.detach()
+    dist.all_reduce(total)
+    if not learn:
+        reshard(model)
+    return total.item() / n_tokens
+
+
 def learning_rate(step, total, peak):
     """Of step 1 ... total: linear warm-up over the first 5%, then a cosine to zero."""
     warmup = max(1, round(WARMUP * total))
@@ -199,22 +219,27 @@ def learning_rate(step, total, peak):
 
 def check_retention(model, tokenizer, facts):
     """{name: accuracy in %} on earlier stages' facts."""
-    masters = {}
-    if model.compute_dtype:  # one cast for all tokens
-        masters = {param: param.data for param in model.parameters()}
-        for param in masters:
-            param.data = param.data.to(model.compute_dtype)
-    # Lengths change with every token: nothing to compile for.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        accuracies = {}
+    accuracies = {}
+    with asking(model):
         for name, examples in facts.items():
             predictions = predict(model, tokenizer, examples)
             correct = sum(is_correct(p, e["response"]) for p, e in zip(predictions, examples))
             accuracies[name] = 100 * correct / len(examples)
+    return accuracies
+
+
+@contextlib.contextmanager
+def asking(model):
+    """A model in training answers questions in this block: its weights are cast once for all tokens."""
+    masters = {param: param.data for param in model.parameters()} if model.compute_dtype else {}
+    for param in masters:
+        param.data = param.data.to(model.compute_dtype)
+    # Lengths change with every token: nothing to compile for.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
     for param, master in masters.items():
         param.data = master
     reshard(model)
-    return accuracies
 
 
 def reshard(model):
@@ -504,18 +529,7 @@ def main():
     stopped_by = "epochs"
     for step, (epoch, batch) in itertools.islice(enumerate(batches(len(encoded), args.batch_size, args.epochs, args.seed), 1), step, None):
         began = time.perf_counter()
-        n_tokens = sum(n_supervised(encoded[i][1]) for i in batch)
-        groups = micro_batches({i: len(encoded[i][0]) for i in batch}, micro_tokens, world)
-        sums = torch.zeros(2, device=device)  # of the loss, and of the ranks that are to end
-        sums[1] = len(terminated)
-        for k in range(0, len(groups), world):
-            ids, labels = collate([encoded[i] for i in groups[k + rank]], device)
-            micro_sum, _ = model(ids, labels=labels)
-            # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
-            (micro_sum * world / n_tokens).backward()
-            sums[0] += micro_sum.detach()
-        dist.all_reduce(sums)
-        loss = sums[0].item() / n_tokens
+        loss = batch_loss(model, [encoded[i] for i in batch], micro_tokens)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             # Every rank has the same two numbers, so all of them stop here.
@@ -537,7 +551,8 @@ def main():
         if hits == STOP_HITS:
             stopped_by = "loss"
             break
-        signalled = sums[1].item() > 0
+        signalled = torch.tensor(len(terminated), device=device)
+        dist.all_reduce(signalled)  # on any rank
         if step < total and (signalled or args.save_every and step % args.save_every == 0):
             state = save_state(out, model, optimizer, step=step, hits=hits, log_bytes=log.tell() if log else 0, settings=settings)
             if signalled:

@@ -124,6 +124,21 @@ def test_generate_stops_at_eos():
     assert model.generate(PROMPTS, 0, eos_id=2) == [[], [], [], []]
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_drafts_change_no_answer(name):
+    """Whatever is guessed - right, wrong from some token on, too long, nothing - the answers are those without a guess; right guesses take one pass."""
+    model, passes = load(name), []
+    plain = [plain_generate(model, prompt, 20) for prompt in PROMPTS]
+    model.register_forward_hook(lambda *_: passes.append(1))
+    for agreed in ((0, 0, 0, 0), (1, 5, 19, 20), (20, 0, 7, 3), (19, 19, 19, 19)):
+        drafts = [row[:n] + [row[n] ^ 1 if n < 20 else 5] * 5 for row, n in zip(plain, agreed)]
+        assert model.generate(PROMPTS, 20, eos_id=-1, drafts=drafts) == plain
+        assert model.generate(PROMPTS, 20, eos_id=plain[1][5], drafts=drafts) == model.generate(PROMPTS, 20, plain[1][5])
+    passes.clear()
+    assert model.generate(PROMPTS, 20, -1, drafts=plain) == plain
+    assert len(passes) == 1
+
+
 # ---------------------------------------------------------------- folders
 
 

@@ -13,6 +13,7 @@ import probe
 from data import DataError, encode_example, load_examples, load_tokenizer
 from evaluate import setup_device
 from model import CheckpointError, Config, Transformer, load_model
+from train import n_supervised
 
 def read(file):
     return json.loads(file.read_text())
@@ -146,13 +147,13 @@ def test_inner_products_equal_a_plain_loop(work, one_rank, monkeypatch):
     batches = [[encode_example(tokenizer, fact) for fact in half] for half in (facts[:8], facts[8:])]
     plain, gradients = load_model(work / "one", torch.float32), []
     for batch in batches:
-        loss = sum(plain(torch.tensor([ids]), labels=torch.tensor([labels]))[0] for ids, labels in batch) / probe.n_answer(batch)
+        loss = sum(plain(torch.tensor([ids]), labels=torch.tensor([labels]))[0] for ids, labels in batch) / sum(map(n_supervised, (labels for _, labels in batch)))
         gradients.append(torch.autograd.grad(loss, list(plain.parameters())))
     expected = [sum((x.double() * y.double()).flatten().tolist()) for x, y in zip(*gradients)]
     model = probe.sharded(work / "one", "fp32", one_rank)
     for budget in (2048, 150):
         monkeypatch.setattr(probe, "MICRO_TOKENS", budget)
-        (_, a), (_, b) = (probe.gradient(model, batch, one_rank) for batch in batches)
+        (_, a), (_, b) = (probe.gradient(model, batch) for batch in batches)
         assert probe.inner(a, b).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
@@ -161,11 +162,11 @@ def test_first_order_change_is_the_real_one(smollm2_folder, one_rank, tmp_path):
     tokenizer = load_tokenizer(smollm2_folder)
     a, b = ([encode_example(tokenizer, fact) for fact in load_examples(name, 2, tmp_path)[0]] for name in ("kvr", "bios"))
     model = probe.sharded(smollm2_folder, "fp32", one_rank)
-    weights = [p.to_local().detach().clone() for p in model.parameters()]
-    (loss, grad_a), (_, grad_b) = probe.gradient(model, a, one_rank), probe.gradient(model, b, one_rank)
-    real = probe.real_change(model, weights, grad_b, 1e-5, a, loss, one_rank)
+    weights = [p.detach().clone() for p in model.parameters()]
+    (loss, grad_a), (_, grad_b) = probe.gradient(model, a), probe.gradient(model, b)
+    real = probe.real_change(model, weights, grad_b, 1e-5, a, loss)
     assert real == pytest.approx(-1e-5 * probe.inner(grad_a, grad_b).sum().item(), rel=0.05)
-    assert all(torch.equal(p.to_local(), w) for p, w in zip(model.parameters(), weights))
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
 
 
 def test_gradients_command(work):

@@ -1,0 +1,310 @@
+"""How fast each part is, beside what one would use instead, on the same work in the same run. By hand, never among the tests:
+
+    pip install transformers && python tests/bench.py            # all parts; PART... chooses some
+    python tests/bench.py train --repeats 9 --precision fp32
+
+Both sides take turns, at least five times, and every turn gives one ratio: machines are shared, so only ratios count. Printed are
+their median and range. The work: SmolLM2-135M-Instruct (bash run_all.sh --demo-model), KVR with its 1:2 mixes, batch 32.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+MODEL = ROOT / "models/SmolLM2-135M-Instruct"
+GENERATED = 20  # prompts a batch of transformers' generate
+
+
+def line(part, against, goal, ratios, note=""):
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"| {part} | {against} | {goal} | {spread} | {note} |", flush=True)
+
+
+def seconds(work):
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+# ---------------------------------------------------------------- the two sides of a training step
+
+
+class Ours:
+    def __init__(self, args):
+        import torch
+
+        import train
+        from evaluate import setup_device
+        from model import Config, load_weights
+
+        device, _, _ = setup_device() if not torch.distributed.is_initialized() else (torch.device("cpu"), 0, 1)
+        train.keep_freed_memory()
+        settings = argparse.Namespace(precision=args.precision, checkpoint_activations=None, compile=False)
+        self.model, self.optimizer = train.build_sharded(settings, Config.from_folder(MODEL), device)
+        load_weights(self.model, MODEL)
+
+    def step(self, batch):
+        """As train.py's: loss, clipping, AdamW."""
+        import torch
+
+        import train
+
+        loss = train.batch_loss(self.model, batch, train.MICRO_TOKENS["cpu"])
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+class Theirs:
+    """transformers as a good user writes it: sdpa, autocast, padded to the batch's longest. release: the paper's own release's way,
+    eager attention and padding to the longest example of the data set (which it also trains on; that is left out here)."""
+
+    def __init__(self, args, pad_to=None):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.pad_to, self.bf16 = pad_to, args.precision != "fp32"
+        attention = "eager" if pad_to else "sdpa"
+        self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation=attention)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step(self, batch):
+        import torch
+
+        longest = self.pad_to or max(len(ids) for ids, _ in batch)
+        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
+        labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in batch])
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def encoded_mix(mix, n=2000):
+    """KVR with mix 1:2 in train.py's order of the first epoch: [(ids, labels), ...]."""
+    from data import encode_example, epoch_order, load_examples, load_tokenizer
+
+    tokenizer = load_tokenizer(MODEL)
+    examples = load_examples("kvr", n, "data")[0] + load_examples(mix, 2 * n, "data", 50)[0]
+    return [encode_example(tokenizer, examples[i]) for i in epoch_order(len(examples), 0, 0)]
+
+
+def needed_flops(batch, config):
+    """Multiplications and additions of a step that count: no padding, the head on supervised positions alone, forward and twice backward."""
+    C, I, heads, keys = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer = 2 * C * (2 * heads + 2 * keys + 3 * I)
+    total = 0
+    for ids, labels in batch:
+        T = len(ids)
+        causal = 2 * 2 * heads * T * (T + 1) / 2
+        total += config.num_hidden_layers * (layer * T + causal) + 2 * C * config.vocab_size * sum(label != -100 for label in labels)
+    return 3 * total
+
+
+def machine_flops(precision):
+    """Operations a second of a large matrix product."""
+    import torch
+
+    a = torch.randn(2048, 2048, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    return 2 * 2048**3 / min(seconds(lambda: a @ a)[0] for _ in range(5))
+
+
+def bench_train(args):
+    from model import Config
+
+    config, ours, theirs = Config.from_folder(MODEL), Ours(args), Theirs(args)
+    release = Theirs(args, pad_to=1)
+    for mix in ("random", "pydoc"):
+        encoded = encoded_mix(mix, 200)
+        release.pad_to = max(len(ids) for ids, _ in encoded)
+        against, wasteful, share, losses = [], [], [], []
+        for k in range(args.repeats + 1):
+            batch = encoded[k * args.batch : (k + 1) * args.batch]
+            own, loss = seconds(lambda: ours.step(batch))
+            peer, other = seconds(lambda: theirs.step(batch))
+            slow, _ = seconds(lambda: release.step(batch))
+            if k == 0:  # the first touch of memory
+                losses = [loss, other]
+                continue
+            against.append(peer / own)
+            wasteful.append(slow / own)
+            share.append(needed_flops(batch, config) / own / machine_flops(args.precision))
+        note = f"batch {args.batch}, {args.precision}; losses of the first batch {losses[0]:.4f}, {losses[1]:.4f}"
+        line(f"training step, {mix}", "transformers, sdpa", "3", against, note)
+        line(f"training step, {mix}", "the release's way", "4", wasteful)
+        line(f"training step, {mix}", "the machine's own matrix products", "0.6", share, "share of their FLOP/s, needed work only")
+
+
+def bench_memory(args):
+    """Peak resident memory of two steps above that after loading and a step on one example, which has made the optimizer's moments."""
+    found = {side: float(subprocess.run([sys.executable, __file__, "--side", side, *rest(args)], check=True, capture_output=True, text=True).stdout.split()[-1])
+             for side in ("ours", "theirs")}
+    line("training memory above weights and optimizer", "transformers", "at most 0.25", [found["ours"] / found["theirs"]], f"{found['ours']:.2f} and {found['theirs']:.2f} GB at batch {args.batch}")
+
+
+def memory_side(args):
+    side = Ours(args) if args.side == "ours" else Theirs(args)
+    encoded = encoded_mix("random", 200)
+    side.step(sorted(encoded, key=lambda pair: len(pair[0]))[:1])
+    status = lambda key: int(next(row for row in open("/proc/self/status") if row.startswith(key)).split()[1]) / 1e6
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    side.step(encoded[: args.batch])
+    print(status("VmHWM") - before)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def bench_evaluate(args):
+    """Exact match of KVR facts that the model knows and of facts that it does not, in one set, on a checkpoint that --checkpoint names."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from data import encode_example, load_examples, load_tokenizer
+    from evaluate import predict, read_lineage, stage_facts
+    from model import load_model
+
+    folder = args.checkpoint or str(MODEL)
+    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
+    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype)
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    lineage = read_lineage(folder)
+    facts = stage_facts(lineage[0], "data") if lineage else load_examples("kvr", 40, "data")[0]
+
+    def generate():
+        answers = []
+        encoded = [encode_example(tokenizer, fact) for fact in facts]
+        longest = max(sum(label != -100 for label in labels) for _, labels in encoded) + 4
+        for k in range(0, len(encoded), GENERATED):
+            prompts = [[token for token, label in zip(ids, labels) if label == -100] for ids, labels in encoded[k : k + GENERATED]]
+            width = max(map(len, prompts))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+            out = peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0)
+            for row in out[:, width:].tolist():
+                answers.append(tokenizer.decode(row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row))
+        return answers
+
+    ratios = []
+    for _ in range(args.repeats):
+        own, ours = seconds(lambda: predict(model, tokenizer, facts))
+        other, theirs = seconds(generate)
+        ratios.append(other / own)
+    right = sum(fact["response"] == answer for fact, answer in zip(facts, ours))
+    same = sum(a == b for a, b in zip(ours, theirs))
+    line("exact match", f"transformers' generate, batch {GENERATED}", "5", ratios, f"{len(facts)} facts, {right} known; {same} answers are the same; {args.precision}")
+
+
+# ---------------------------------------------------------------- start, loading, tokens
+
+
+def in_process(code):
+    return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT))[0]
+
+
+def bench_start(args):
+    """From process start to a loaded model with the first forward pass done."""
+    own = f"import torch, train; from model import load_model; load_model({str(MODEL)!r})(torch.tensor([[1, 2]]))"
+    peer = f"import torch; from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(MODEL)!r}, dtype=torch.bfloat16)(torch.tensor([[1, 2]]))"
+    line("start, to the first forward pass", "transformers", "above 1", [in_process(peer) / in_process(own) for _ in range(args.repeats)])
+
+
+def bench_load(args):
+    size = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
+    peak = "import resource; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+    ours = f"import torch, model, safetensors.torch; {peak} model.load_model({str(MODEL)!r}); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    read = f"import torch, model, safetensors.torch, glob; {peak} x = [{{k: v.clone() for k, v in safetensors.torch.load_file(f).items()}} for f in glob.glob('{MODEL}/*.safetensors')]; print(0)"
+    memory, ratios = [], []
+    for _ in range(args.repeats):
+        own, out = seconds(lambda: subprocess.run([sys.executable, "-c", ours], check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+        peer, _ = seconds(lambda: subprocess.run([sys.executable, "-c", read], check=True, capture_output=True, text=True, cwd=ROOT))
+        ratios.append(peer / own)
+        memory.append(int(out.split()[-1]) * 1024 / size)
+    line("loading, time with imports", "safetensors' load_file of the same bytes", "", ratios)
+    line("loading, peak memory", "bytes of the weights", "at most 1.2", memory)
+
+
+def bench_tokenize(args):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import Tokenizer
+
+    from data import load_examples, load_tokenizer
+
+    ours, peer = load_tokenizer(str(MODEL)), Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    texts = [example["prompt"] + " " + example["response"] for mix in ("random", "pydoc") for example in load_examples(mix, 600, "data", 50)[0]]
+    texts = (texts * (100_000 // len(texts) + 1))[: args.texts]
+    ratios, ids = [], []
+    for _ in range(args.repeats):
+        own, mine = seconds(lambda: [ours.encode(text) for text in texts])
+        other, theirs = seconds(lambda: [encoding.ids for encoding in peer.encode_batch(texts, add_special_tokens=False)])
+        ratios.append(other / own)
+        ids.append(mine == theirs)
+    line(f"tokenizing {len(texts)} examples", "tokenizers, one thread", "1", ratios, "the same ids" if all(ids) else "NOT THE SAME IDS")
+
+
+def bench_growth(args):
+    """Seconds and peak memory of a step as length and layers grow, in ratios to the smallest; arithmetic beside it."""
+    import torch
+
+    import train
+    from evaluate import setup_device
+    from model import Config, build_model
+
+    setup_device() if not torch.distributed.is_initialized() else None
+    train.keep_freed_memory()
+    base = Config.from_folder(MODEL)
+
+    def measure(layers, length, rows=8):
+        config = Config.from_folder(MODEL)
+        config.num_hidden_layers = layers
+        model = build_model(config, torch.float32).to_empty(device="cpu")
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        ids = torch.randint(0, base.vocab_size, (rows, length)).tolist()
+        batch = [(row, [-100] * (length // 2) + row[length // 2 :]) for row in ids]
+        times = [seconds(lambda: train.batch_loss(model, batch, train.MICRO_TOKENS["cpu"]))[0] for _ in range(args.repeats)]
+        return statistics.median(times[1:]), needed_flops(batch, config)
+
+    for name, points in (("layers", [(5, 100), (10, 100), (20, 100), (30, 100)]), ("length", [(10, 50), (10, 200), (10, 800)])):
+        found = [measure(*point) for point in points]
+        for (layers, length), (time_, flops) in zip(points, found):
+            print(f"| growth with {name}: {layers} layers, {length} tokens | | | {time_ / found[0][0]:.1f} times the first | arithmetic {flops / found[0][1]:.1f} times |")
+
+
+def rest(args):
+    return ["--precision", args.precision, "--batch", str(args.batch)]
+
+
+PARTS = {name.removeprefix("bench_"): f for name, f in globals().items() if name.startswith("bench_")}
+
+if __name__ == "__main__":
+    amx = "amx_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--precision", choices=["bf16-mixed", "fp32"], default="bf16-mixed" if amx else "fp32", help="fp32 unless the processor has AMX")
+    parser.add_argument("--checkpoint", help="evaluate: a trained checkpoint whose first stage is asked")
+    parser.add_argument("--texts", type=int, default=100_000, help="tokenize: how many")
+    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    if args.side:
+        memory_side(args)
+    else:
+        print("| part | against | goal | ratio: median (range) | |\n| --- | --- | --- | --- | --- |")
+        for part in args.parts or PARTS:
+            PARTS[part](args)
