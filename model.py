@@ -35,7 +35,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -148,8 +147,16 @@ class Linear(nn.Linear):
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
 
+    def reset_parameters(self):
+        """Nothing is drawn: weights are always loaded."""
+
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """As in Linear."""
 
 
 def rope_frequencies(config):
@@ -276,7 +283,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
@@ -441,6 +448,7 @@ def naming(path):
 # ---------------------------------------------------------------- folders of weights
 
 MANIFEST = "manifest.json"  # {"files": {name: {"size", "sha256"}}} of the safetensors beside it
+READ_BYTES = 4 * 2**20  # of a tensor that are mapped at a time
 SHARD_BYTES = 5 * 10**9  # the largest file save_model writes, as on the hub
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
@@ -448,16 +456,20 @@ TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 def load_model(path, dtype=torch.bfloat16, device="cpu"):
     """The model in a Hugging Face folder. Raises CheckpointError, one line that names the file or tensor at fault."""
-    model = build_model(Config.from_folder(path), dtype)
-    model.to_empty(device=device)
+    model = build_model(Config.from_folder(path), dtype, device)
     load_weights(model, path)
     return model
 
 
-def build_model(config, dtype):
-    """A model without memory for its weights (on the meta device): shard it if need be, then to_empty and load_weights."""
-    with torch.device("meta"):
-        return Transformer(config).to(dtype)
+def build_model(config, dtype, device="meta"):
+    """A model whose weights are to be loaded; on the meta device without memory for them: shard it, then to_empty and load_weights."""
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            return Transformer(config)
+    finally:
+        torch.set_default_dtype(default)
 
 
 @torch.no_grad()
@@ -465,7 +477,7 @@ def load_weights(model, path, only=None):
     """Copy a folder's tensors into model, strictly; where a parameter is sharded over ranks, each rank reads its own rows alone.
 
     Under torch.distributed every rank calls it. A folder with a manifest is first compared with it.
-    Files are mapped and let go tensor by tensor, so memory holds this rank's rows of the model and of one tensor.
+    Files are mapped and let go piece by piece, so memory holds this rank's rows of the model and little more.
     only: names of the parameters to copy; the others stay as they are, and the folder is taken as compared before.
     """
     path = Path(path)
@@ -501,14 +513,18 @@ def _copy_weights(model, path, only):
             if tuple(tensor.get_shape()) != tuple(param.shape):
                 shapes = f"{tensor.get_shape()}, config.json asks for {list(param.shape)}"
                 raise CheckpointError(f"{where[name]}: tensor {name} has shape {shapes}; copy both from one checkpoint")
-            first, last = local_rows(param)
-            rows = tensor[first:last]
-            if not torch.isfinite(rows).all():
-                raise CheckpointError(f"{where[name]}: tensor {name} holds NaN or infinity: the file is damaged, copy it again")
-            local(param).copy_(rows)
+        first, last = local_rows(param)
+        step = max(1, READ_BYTES // (4 * math.prod(param.shape[1:])))
+        for start in range(first, last, step):
+            end = min(last, start + step)
+            with _open_shard(where[name]) as shard:  # what was mapped goes when it closes
+                rows = shard.get_slice(name)[start:end]
+                if not torch.isfinite(rows).all():
+                    raise CheckpointError(f"{where[name]}: tensor {name} holds NaN or infinity: the file is damaged, copy it again")
+                local(param)[start - first : end - first] = rows
             if tied_head and name == "model.embed_tokens.weight":
                 with _open_shard(where[tied_head]) as shard:
-                    if not torch.equal(shard.get_slice(tied_head)[first:last], rows):
+                    if not torch.equal(shard.get_slice(tied_head)[start:end].to(param.dtype), local(param)[start - first : end - first]):
                         raise CheckpointError(f"{where[tied_head]}: {tied_head} is not the embedding, though config.json ties them; set tie_word_embeddings to false")
 
 
@@ -523,12 +539,12 @@ def weights_dtype(path):
 
 def local(tensor):
     """What this rank holds of a tensor: all, or under fully_shard its rows."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def local_rows(param):
     """The rows [first, last) of a parameter that this rank holds."""
-    if not isinstance(param, DTensor):
+    if not hasattr(param, "device_mesh"):
         return 0, param.shape[0]
     return rows_of(param.shape[0], param.device_mesh.get_local_rank(), param.device_mesh.size())
 
@@ -632,7 +648,7 @@ def save_model(model, path, dtype=None):
 
 def whole(tensor):
     """A tensor of which each rank may hold some rows, gathered; a collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def write_tensors(path, layout, tensors):
@@ -750,8 +766,7 @@ def convert_gguf(source, out):
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", raw)
-    model = build_model(Config.from_folder(out), torch.bfloat16)
-    model.to_empty(device="cpu")
+    model = build_model(Config.from_folder(out), torch.bfloat16, "cpu")
     params = dict(model.named_parameters())
     for name, tensor in tensors.items():
         *block, part, _ = name.split(".")

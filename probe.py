@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, micro_batches, resolve, set_label, write_file
 from evaluate import fail, is_correct, leave, mix_label, model_name, predict, read_lineage, read_rows, setup_device, stage_facts
 from model import CheckpointError, Config, check_saved, load_model, load_weights, local, write_json
-from train import asking, batch_loss, batches, build_sharded, collate, keep_freed_memory, learning_rate, n_supervised
+from train import AdamW, asking, batch_loss, batches, build_sharded, collate, keep_freed_memory, learning_rate, n_supervised
 
 TOP_K = 10  # section 5
 MICRO_TOKENS = 1024  # most tokens of a forward pass, padding included
@@ -552,13 +552,12 @@ def recover(args, path, lineage, device, rank):
     for arm, examples in arms.items():
         load_weights(model, path)
         encoded, log = [encode_example(tokenizer, example) for example in examples], [{"step": 0, "returned": 0, "kept": sum(before)}]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)  # as in train.py
+        optimizer = AdamW(model.parameters())
         order = batches(len(encoded), args.batch_size, args.steps, args.seed)
         for step, (_, batch) in enumerate(itertools.islice(tqdm(order, total=args.steps, desc=arm, disable=rank > 0), args.steps), 1):
             loss = batch_loss(model, [encoded[i] for i in batch], MICRO_TOKENS)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, lr)
+            optimizer.lr = learning_rate(step, args.steps, lr)
             optimizer.step()
             optimizer.zero_grad()
             if step % every == 0 or step == args.steps:

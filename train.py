@@ -28,9 +28,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from safetensors import safe_open
+from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 from data import (DEFAULT_WORDS, SETS, DataError, Parser, copy_tokenizer, encode_example, epoch_order, load_examples, load_tokenizer,
@@ -148,23 +147,47 @@ def sha256_of(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+class AdamW:
+    """PyTorch's fused AdamW in its functional form: the classes of torch.optim import the compiler, two seconds of every start."""
+
+    def __init__(self, params):
+        self.params, self.state, self.lr = list(params), {}, 0.0
+
+    @torch.no_grad()
+    def step(self):
+        for param in self.params:
+            if param not in self.state:
+                self.state[param] = {"step": torch.zeros((), device=param.device)} | {key: torch.zeros_like(param) for key in MOMENTS}
+        steps, first, second = ([self.state[param][key] for param in self.params] for key in ("step", *MOMENTS))
+        adamw(self.params, [param.grad for param in self.params], first, second, [], steps, fused=True, amsgrad=False, maximize=False,
+              beta1=0.9, beta2=0.95, lr=self.lr, weight_decay=0.0, eps=1e-8)  # fmt: skip
+
+    def zero_grad(self):
+        for param in self.params:
+            param.grad = None
+
+
 def build_sharded(args, config, device):
     """The model with room for this rank's share of its weights, and its optimizer."""
-    model = build_model(config, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    world = dist.get_world_size()
+    model = build_model(config, torch.bfloat16 if args.precision == "bf16" else torch.float32, "meta" if world > 1 else device)
     model.checkpoint_activations = recompute(args, sum(param.numel() for param in model.parameters()), device.type)
     half = torch.bfloat16 if args.precision == "bf16-mixed" else None
     for block in model.model.layers if args.compile else []:
         block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
-    if dist.get_world_size() > 1:
+    if world > 1:
+        from torch.distributed.device_mesh import init_device_mesh  # a second of a start that a rank alone need not wait for
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         # cast_forward_inputs would round the cosines and sines of the positions.
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        mesh = init_device_mesh(device.type, (world,))
         for module in [*model.model.layers, model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
+        model.to_empty(device=device)
     else:
         model.compute_dtype = half  # a rank alone has nothing to gather, only to cast
-    model.to_empty(device=device)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return model, AdamW(model.parameters())
 
 
 def recompute(args, n_params, device_type):
@@ -235,7 +258,8 @@ def asking(model):
     for param in masters:
         param.data = param.data.to(model.compute_dtype)
     # Lengths change with every token: nothing to compile for.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with torch.no_grad(), eager:
         yield
     for param, master in masters.items():
         param.data = master
@@ -245,7 +269,7 @@ def asking(model):
 def reshard(model):
     """Without a backward pass the gathered weights stay: put the sharded ones, which the optimizer owns, back in place."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if hasattr(module, "reshard"):
             module.reshard()
 
 
@@ -534,15 +558,14 @@ def main():
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             # Every rank has the same two numbers, so all of them stop here.
             fail(f"step {step}: loss {loss}, gradient norm {grad_norm}; nothing was updated. The batch was: {', '.join(names[i] for i in batch)}", 1)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, lr)
+        optimizer.lr = learning_rate(step, total, lr)
         optimizer.step()
         optimizer.zero_grad()
 
         tokens, seconds = sum(len(encoded[i][0]) for i in batch), time.perf_counter() - began
-        record({"step": step, "epoch": epoch, "loss": loss, "lr": group["lr"], "grad_norm": grad_norm, "tokens": tokens, "seconds": round(seconds, 4)})
+        record({"step": step, "epoch": epoch, "loss": loss, "lr": optimizer.lr, "grad_norm": grad_norm, "tokens": tokens, "seconds": round(seconds, 4)})
         bar.update()
-        bar.set_postfix_str(f"loss {loss:.5f}, lr {group['lr']:.2e}, {tokens / seconds:.0f} tokens/s")
+        bar.set_postfix_str(f"loss {loss:.5f}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s")
         if earlier and args.eval_every and step % args.eval_every == 0:
             for name, accuracy in check_retention(model, tokenizer, earlier).items():
                 record({"step": step, "data": name, "accuracy": accuracy})

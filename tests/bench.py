@@ -270,7 +270,7 @@ def bench_growth(args):
     def measure(layers, length, rows=8):
         config = Config.from_folder(MODEL)
         config.num_hidden_layers = layers
-        model = build_model(config, torch.float32).to_empty(device="cpu")
+        model = build_model(config, torch.float32, "cpu")
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02)
         ids = torch.randint(0, base.vocab_size, (rows, length)).tolist()

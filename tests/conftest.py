@@ -76,7 +76,11 @@ def tiny_llama(folder, **changes):
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
     torch.manual_seed(0)
-    save_model(Transformer(Config.from_folder(folder)), folder)
+    model = Transformer(Config.from_folder(folder))
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=1 if "embed_tokens" in name else (3 * weight.shape[1]) ** -0.5)
+    save_model(model, folder)
     return folder
 
 
