@@ -5,9 +5,9 @@
     python train.py --stage 1 --model models/SmolLM2-135M-Instruct --num-examples 96         # one device, GPU or CPU
     python train.py --stage 1 --mix random --dry-run 8 --gpu-memory 80                       # what it would take
 
-Defaults are the paper's (appendix B.4). One path for any number of ranks: FSDP2 shards the model over them, and over a
-single one it only keeps fp32 master weights beside the bf16 ones that compute. A batch gives the same step whatever the
-number of ranks and micro-batches. A run that was killed or stopped goes on with --resume, on any number of ranks.
+Defaults are the paper's (appendix B.4). One path for any number of ranks: FSDP2 shards the model over several; one alone
+holds it whole, and casts fp32 master weights where bf16 ones compute. A batch gives the same step whatever the number of
+ranks and micro-batches. A run that was killed or stopped goes on with --resume, on any number of ranks.
 """
 
 import argparse
