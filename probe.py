@@ -32,7 +32,7 @@ from train import AdamW, asking, batch_loss, batches, build_sharded, collate, ke
 
 TOP_K = 10  # section 5
 MICRO_TOKENS = 1024  # most tokens of a forward pass, padding included
-HEAD_ROWS = 128  # positions whose logits exist at a time
+HEAD_ROWS = 64  # positions whose logits exist at a time
 ASKED = 32  # prompts that generate together: their keys and values are most of the lens's memory
 
 
