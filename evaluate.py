@@ -408,7 +408,7 @@ def read_grid(folder):
         if not lineage or not all(parts):
             continue
         for part, entry in zip(parts, lineage):
-            data, *others = part[1].split("+")
+            data, *others = part[1].removesuffix("+familiar").split("+")
             mix = "+" + others[0].partition(".")[0] if others and not others[0].startswith("replay") else "+none"
             if data.removesuffix("-long") != set_label(entry["data"]) or mix[1:] != set_label(entry["mix"]) or int(part[2]) != entry["seed"]:
                 raise DataError(f"{run}: its name says {part[0]}, its run.json {entry['data']} with mix {entry['mix']} and seed {entry['seed']}; rename the folder")
@@ -458,9 +458,14 @@ def sets_of(grid, model):
     known = lambda b, kind: b in SETS and SETS[b].kind == kind and not b.endswith("-id")
     names = {b for a, b in found if a or f"{b}+familiar" in grid or known(b, "non-factoid")}
     order = list(SETS)
-    familiar = {name.removesuffix(".familiar") for runs in grid.values() for run in runs.values() for name in run["eval"] if name.endswith(".familiar")}
-    return (sorted({a for a, _ in found if a} | familiar, key=order.index), sorted((b for b in names if known(b, "factoid")), key=order.index),
+    return (sorted({a for a, _ in found if a}, key=order.index), sorted((b for b in names if known(b, "factoid")), key=order.index),
             sorted((b for b in names if known(b, "non-factoid")), key=order.index))  # fmt: skip
+
+
+def familiar_sets(grid):
+    """The sets whose familiar facts were asked: the rows of tables 5 and 6."""
+    names = {name for runs in grid.values() for run in runs.values() for name in run["eval"] if name.endswith(".familiar")}
+    return sorted((name.removesuffix(".familiar") for name in names), key=list(SETS).index)
 
 
 def row_label(row):
@@ -473,7 +478,7 @@ def render(table, model, grid):
     cells, _ = paper_figures() if model in PAPERS_MODELS else ({}, None)
     data_a, factoid, other = sets_of(grid, model)
     if table in ("table5", "table6"):
-        data_a = [a for a in data_a if a != "kvr"] if model in PAPERS_MODELS else [a for a in data_a if any(f"{a}.familiar" in run["eval"] for runs in grid.values() for run in runs.values())]
+        data_a = data_a[1:] if model in PAPERS_MODELS else familiar_sets(grid)
     groups = [(["id"] if with_id else []) + factoid, other]
     columns = [b for group in groups for b in [*group, *(["Avg"] if averaged and group else [])]]
     lines = ["", f"**Table {table[-1]}. {caption}** ({model}: exact match on D_A in %, mean ± standard deviation over seeds)", ""]

@@ -4,6 +4,7 @@
 #   bash run_all.sh                 every table and figure of the paper, on Llama-3-8B and Mistral-7B-v0.3
 #   bash run_all.sh --dry-run       only the plan: runs by table, done and to do, steps, tokens, hours, disk
 #   bash run_all.sh --small         the same grid on SmolLM2 with few facts; k-pile becomes pydoc unless data/ has it
+#   bash run_all.sh --tiny          the same grid on models/tiny with one set of each kind, as the tests run it in a minute
 #   bash run_all.sh --demo          the embedded default: memorize, interfere, measure, on any machine
 #   bash run_all.sh --demo 0 1 2    the same with these seeds
 #   bash run_all.sh --demo-model    only fetch and convert the demo's model
@@ -163,17 +164,16 @@ whole() {
     END { for (i = 1; i <= n; i++) print tables[order[i]] "\t" order[i] "\t" args[order[i]] }'
 }
 
-child=
-stop() { trap - INT TERM; [ -z "$child" ] || { kill -TERM "$child" 2> /dev/null; wait "$child"; }; exit 130; }
 # In the background, so that a signal reaches train.py as SIGTERM: it saves its state and ends.
-attend() { local status=0; "$@" & child=$!; wait "$child" || status=$?; child=; return $status; }
+stop() { trap - INT TERM; kill -TERM $(jobs -p) 2> /dev/null || true; wait; exit 130; }
+attend() { "$@" & wait $!; }
 
+value() { [[ " $2" != *" $1 "* ]] || sed "s/.*$1 \([^ ]*\).*/\1/" <<< "$2"; }  # value OPTION arguments
 # epochs @FOLDER arguments: as many epochs over N facts as make FOLDER's steps.
 epochs() {
-  local steps n batch
-  steps=$(grep '"steps"' "${1#@}/run.json" | tail -1 | tr -dc 0-9)
-  n=$(sed 's/.*--num-examples \([0-9]*\).*/\1/' <<< "$2") batch=$([[ $2 = *--batch-size* ]] && sed 's/.*--batch-size \([0-9]*\).*/\1/' <<< "$2" || echo 32)
-  echo $(((steps + (n + batch - 1) / batch / 2) / ((n + batch - 1) / batch)))
+  local steps n=$(value --num-examples "$2") batch=$(value --batch-size "$2")
+  steps=$(grep '"steps"' "${1#@}/run.json" | tail -1 | tr -dc 0-9) batch=$(((n + ${batch:-32} - 1) / ${batch:-32}))  # of an epoch
+  echo $(((steps + batch / 2) / batch))
 }
 
 # Is a run evaluated, and probed if figure 4, 11 or 12 shows it?
@@ -192,7 +192,7 @@ finish() {
   mkdir -p "$folder" && exec {lock}> "$folder/lock" || return  # the child inherits it: held until it too has ended
   if [ "$wait" = 0 ] && ! flock -n $lock; then exec {lock}>&-; return 75; fi
   flock $lock || return
-  [[ $folder != *+familiar-s* ]] || asked="--data $familiar_a"
+  [[ $folder != *+familiar-s* ]] || asked="--data $familiar_a --num-examples $(value --num-examples "$args")"
   if ! finished "$folder"; then
     [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $precision $EXTRA || return
     [ -e "$folder/eval.json" ] || attend "$python" "$code/evaluate.py" "$folder" $asked ${EVALUATION:-$precision} || return
@@ -245,6 +245,9 @@ while [ $# -gt 0 ]; do
       present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
+    --tiny)
+      llama=models/tiny mistral=models/tiny size="--num-examples 10 --batch-size 10 --lr 1e-2 --epochs 2 --mix-words 4 --eval-every 2" precision="--precision fp32"
+      seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
     *) usage ;;
   esac
   shift

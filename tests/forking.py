@@ -1,0 +1,98 @@
+"""A `python` that starts in no time, for tests that run hundreds of commands: one process has imported PyTorch and the scripts and forks for each.
+
+`python forking.py SOCKET` serves. The script of pioneer() is what is called in python's place: it hands its arguments, folder, environment
+and open files (with a run's lock among them) to a fork in its own process group, passes SIGTERM on and ends with the fork's status.
+"""
+
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+
+def serve(address):
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import matplotlib.pyplot  # noqa: F401
+
+    import torch._dynamo  # noqa: F401
+
+    import probe  # noqa: F401
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    os.close(1)  # that is what the pioneer waits for
+    os.dup2(2, 1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    gc.freeze()  # or every fork's collection would copy all of this
+    while True:
+        connection, _ = listener.accept()
+        if not os.fork():
+            listener.close()
+            become(connection)
+        connection.close()
+
+
+def become(connection):
+    """Be the command that a client asks for, to the end."""
+    message, files, _, _ = socket.recv_fds(connection, 2**20, 64)
+    asked = json.loads(message)
+    os.setpgid(0, asked["group"])  # fails where the client has been killed with its group
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if asked["no_sigint"] else signal.default_int_handler)
+    for number, file in enumerate(files[:3]):
+        os.dup2(file, number)
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environ"])
+    sys.argv = asked["argv"]
+    connection.sendall(b"%d\n" % os.getpid())
+    status = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    connection.sendall(b"%d" % status)
+    os._exit(status)
+
+
+CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+files = sorted(fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{{fd}}"))
+server = socket.socket(socket.AF_UNIX)
+server.connect("{address}")
+asked = {{"argv": sys.argv[1:], "folder": os.getcwd(), "environ": dict(os.environ), "group": os.getpgrp(),
+         "no_sigint": signal.getsignal(signal.SIGINT) == signal.SIG_IGN}}
+socket.send_fds(server, [json.dumps(asked).encode()], files)
+fork = int(server.recv(32) or sys.exit(137))
+signal.signal(signal.SIGTERM, lambda *_: os.kill(fork, signal.SIGTERM))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+sys.exit(int(server.recv(32) or 137))
+"""
+
+
+def pioneer(folder):
+    """(the server's process, the path of an executable to call in python's place), both in a folder."""
+    address, client = folder / "socket", folder / "python"
+    client.write_text(CLIENT.format(python=sys.executable, address=address))
+    client.chmod(0o755)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    server = subprocess.Popen([sys.executable, __file__, str(address)], env=env, stdout=subprocess.PIPE)
+    server.stdout.read()  # to its end: the server listens
+    return server, client
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
