@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import (SETS, DataError, Parser, encode_example, flat_file, load_examples, load_pool, load_tokenizer, resolve, set_label, write_file,
                   write_flat)  # fmt: skip
-from model import CheckpointError, load_model
+from model import CheckpointError, load_model, weights_dtype
 
 BATCH = 128  # prompts that generate together
 
@@ -388,14 +388,15 @@ def misprinted():
 def history(a, row, b):
     """The folders, without seeds, of the run behind a cell of tables 1 to 4: its stages' labels, one inside the other.
 
-    row: "none", "random/-" and so on, "long" and "long/long" for the controls, "replay0.1".
+    row: "none", "random/-" and so on, "long" and "long/long" for the controls, "replay0.1". b may be the later two of three
+    stages, "webqa/math": of those the factoid ones are mixed (figure 8).
     """
     b = f"{a}-id" if b == "id" else b
     if row.startswith("replay"):
         return f"{a}/{b}+{row}"
     first, _, second = row.partition("/")
     suffix = lambda mix: {"none": "", "-": "", "": "", "long": "-long"}.get(mix, f"+{mix}")
-    return f"{a}{suffix(first)}/{b}{suffix(second)}"
+    return "/".join([a + suffix(first), *(part + suffix(second if "/" not in b or SETS[part].kind == "factoid" else "-") for part in b.split("/"))])
 
 
 def read_grid(folder):
@@ -423,11 +424,17 @@ def accuracies(runs, asked):
     return {seed: run["eval"][asked]["accuracy"] for seed, run in runs.items() if asked in run["eval"]}
 
 
+def behind(table, a, row, b):
+    """(the history of the run behind a cell, the set that it was asked)."""
+    if table in ("table5", "table6"):
+        return b + ("" if row == "none" else f"+{row}") + "+familiar", f"{a}.familiar"
+    return history(a, row, b), a
+
+
 def cell_of(grid, table, a, row, b):
     """{seed: accuracy} behind a cell; grid is one model's."""
-    if table in ("table5", "table6"):
-        return accuracies(grid.get(b + ("" if row == "none" else f"+{row}") + "+familiar", {}), f"{a}.familiar")
-    return accuracies(grid.get(history(a, row, b), {}), a)
+    key, asked = behind(table, a, row, b)
+    return accuracies(grid.get(key, {}), asked)
 
 
 def show(values, paper=None, underlined=False):
@@ -460,6 +467,11 @@ def sets_of(grid, model):
     order = list(SETS)
     return (sorted({a for a, _ in found if a}, key=order.index), sorted((b for b in names if known(b, "factoid")), key=order.index),
             sorted((b for b in names if known(b, "non-factoid")), key=order.index))  # fmt: skip
+
+
+def later_two(grid):
+    """The second and third sets of a model's chains of three stages, as "webqa/math"."""
+    return sorted({"/".join(label.partition("+")[0] for label in key.split("/")[1:]) for key in grid if key.count("/") == 2})
 
 
 def familiar_sets(grid):
@@ -521,6 +533,9 @@ CLAIMS = {
     "random/k-pile beats -/k-pile on factoid D_B": (ANY, ["random/k-pile"], "factoid", ["-/k-pile"], "factoid", "table2"),
     "random/k-pile beats replay 0.1 on factoid D_B for KVR": (["kvr"], ["random/k-pile"], "no id", ["replay0.1"], "no id", "table2"),
     "replay 0.1 keeps less on factoid than on non-factoid D_B": (ANY, ["replay0.1"], "other", ["replay0.1"], "no id", "table4"),
+    "k-pile, a-pile, fineweb keep familiar facts on factoid D_B": (ANY[1:], ["k-pile", "a-pile", "fineweb"], "no id", ["none"], "no id", "table5"),
+    "random/k-pile keeps more over three stages": (["kvr"], ["random/k-pile"], "two", ["none"], "two", "figure8"),
+    "two factoid stages after the first forget most": (["kvr"], ["none"], "two with other", ["none"], "two factoid", "figure8"),
     "random/- beats its step-matched control (not in the paper)": (ANY, ["random/-"], "all", ["long"], "all", None),
     "random/k-pile beats its step-matched control (not in the paper)": (ANY, ["random/k-pile"], "all", ["long/long"], "all", None),
 }
@@ -544,19 +559,19 @@ def bootstrap(differences, resamples=RESAMPLES):
     return tuple(torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 
-def compare(grid, a, sides):
-    """(mean, mean, (lower, upper), seeds, D_B) of two sides [[(row, D_B), ...], ...] in % on D_A; None where a side has no run in common seeds."""
-    runs = [[(b, grid[key]) for row, b in side if (key := history(a, row, b)) in grid] for side in sides]
+def compare(grid, sides, asked):
+    """(mean, mean, (lower, upper), seeds, D_B) of two sides [[(history, D_B), ...], ...] in % of a set; None where a side has no run in common seeds."""
+    runs = [[(b, grid[key]) for key, b in side if key in grid] for side in sides]
     seeds = sorted(set.intersection(*[set(found) for side in runs for _, found in side])) if all(runs) else []
     if not seeds:
         return None
     shares = []  # of each side, seeds x facts
-    facts = sorted(right_answers(runs[0][0][1][seeds[0]], a))
+    facts = sorted(right_answers(runs[0][0][1][seeds[0]], asked))
     for side in runs:
-        answers = [[right_answers(found[seed], a) for seed in seeds] for _, found in side]
+        answers = [[right_answers(found[seed], asked) for seed in seeds] for _, found in side]
         shares.append(torch.tensor([[[row[s][fact] for fact in facts] for s in range(len(seeds))] for row in answers], dtype=torch.float64).mean(0))
     interval = bootstrap(100 * (shares[0] - shares[1]))
-    names = sorted({b for side in runs for b, _ in side}, key=["id", *SETS].index)
+    names = sorted({b for side in runs for b, _ in side}, key=lambda b: ["id", *SETS].index(b.partition("/")[0]))
     return 100 * shares[0].mean().item(), 100 * shares[1].mean().item(), interval, seeds, names
 
 
@@ -564,21 +579,26 @@ def claims(model, grid):
     """The claims as lines of Markdown. One holds if for each D_A the difference's 95% interval lies above 0."""
     cells, _ = paper_figures()
     data_a, factoid, other = sets_of(grid, model)
-    groups = {"factoid": ["id", *factoid], "no id": factoid, "other": other, "lama": ["lama"], "all": ["id", *factoid, *other]}
+    groups = {"factoid": ["id", *factoid], "no id": factoid, "other": other, "lama": ["lama"], "all": ["id", *factoid, *other], "two": later_two(grid)}
+    groups["two factoid"] = [two for two in groups["two"] if all(SETS[b].kind == "factoid" for b in two.split("/"))]
+    groups["two with other"] = [two for two in groups["two"] if two not in groups["two factoid"]]
     lines = ["", f"**Claims** ({model}). PASS: the 95% interval of the difference, by a paired bootstrap over facts and seeds, lies above 0.", "",
              "| claim | verdict | D_A | keeps more | keeps less | difference | D_B, seeds | in the paper |", "| --- | --- | --- | ---: | ---: | ---: | --- | ---: |"]  # fmt: skip
     for name, (wanted, more, more_b, less, less_b, table) in CLAIMS.items():
-        if table and "table2" not in PAPERS_MODELS.get(model, TABLES):
-            continue  # the paper makes it of Llama-3-8B
+        if "table3" in PAPERS_MODELS.get(model, []):
+            table = "table6" if table == "table5" else table
+            if table not in ("table6", None):
+                continue  # the paper makes it of Llama-3-8B
         names = wanted + [a for a in data_a if a not in wanted] if wanted is ANY else wanted
         rows = []
-        for a in [a for a in names if model in PAPERS_MODELS or a in data_a]:
+        for a in [a for a in names if model in PAPERS_MODELS or a in (familiar_sets(grid) if table == "table5" else data_a)]:
             # Both sides on the same D_B where the claim is about one group of them: a half-run grid compares like with like.
-            sides = [[(row, b) for row in generic(rows_, grid) for b in groups[group] if b != a] for rows_, group in ((more, more_b), (less, less_b))]
+            asked = behind(table, a, "none", "id")[1]
+            sides = [[(behind(table, a, row, b)[0], b) for row in generic(rows_, grid) for b in groups[group] if b != a] for rows_, group in ((more, more_b), (less, less_b))]
             if more_b == less_b:
-                there = [{b for row, b in side if history(a, row, b) in grid} for side in sides]
-                sides = [[(row, b) for row, b in side if b in there[0] & there[1]] for side in sides]
-            result = compare(grid, a, sides)
+                there = [{b for key, b in side if key in grid} for side in sides]
+                sides = [[(key, b) for key, b in side if b in there[0] & there[1]] for side in sides]
+            result = compare(grid, sides, asked)
             tables_of = lambda row: "table4" if row.startswith("replay") else table
             printed = [[cells[key] for row in rows_ for b in groups[group] if (key := (tables_of(row), a, row, b)) in cells] if table else []
                        for rows_, group in ((more, more_b), (less, less_b))]  # fmt: skip
@@ -605,7 +625,7 @@ def bars(grid, a, rows, columns, axes):
         spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found]
         at = [k + (i - (len(rows) - 1) / 2) * 0.8 / len(rows) for k in range(len(columns))]
         axes.bar(at, means, 0.8 / len(rows), yerr=spread, label=row_label(row).replace("*", ""))
-    axes.set(xticks=range(len(columns)), xticklabels=[LABELS.get(b, b) for b in columns], ylim=(0, 103), title=LABELS.get(a, a))
+    axes.set(xticks=range(len(columns)), xticklabels=["\n".join(LABELS.get(part, part) for part in b.split("/")) for b in columns], ylim=(0, 103), title=LABELS.get(a, a))
 
 
 def lines_over(axes, series, title, xlabel):
@@ -685,15 +705,6 @@ def figures(model, grid, folder):
             series[LABELS.get(b, b)] = points
         return lambda axes: lines_over(axes, series, f"{LABELS.get(mix, mix)}, stage {stage}", "words of a passage" if kind == "w" else "mixing ratio")
 
-    def three_stages(axes):
-        chains = sorted({tuple(re.split(r"\+", label)[0] for label in key.split("/")) for key in grid if key.count("/") == 2})
-        for i, (label, mixed) in enumerate((("No Mixing", False), ("REMIX", True))):
-            found = [[value for key, runs in grid.items() if tuple(part.split("+")[0] for part in key.split("/")) == chain and ("+" in key) == mixed
-                      for value in accuracies(runs, chain[0]).values()] for chain in chains]  # fmt: skip
-            axes.bar([k + 0.4 * i - 0.2 for k in range(len(chains))], [statistics.mean(v) if v else 0 for v in found], 0.4,
-                     yerr=[statistics.stdev(v) if len(v) > 1 else 0 for v in found], label=label)  # fmt: skip
-        axes.set(xticks=range(len(chains)), xticklabels=[f"B={b}\nC={c}" for _, b, c in chains], ylim=(0, 103), title=LABELS.get(ablated, ablated))
-
     def over_time(a):
         def panel(axes):
             for color, (row, curves) in enumerate(sorted(retention(grid, a).items())):
@@ -709,10 +720,21 @@ def figures(model, grid, folder):
     draw("figure5", [lambda axes: bars(grid, ablated, ["none", *[f"-/{mix}" for mix in sources], *[f"random/{mix}" for mix in sources]], with_id, axes)])
     draw("figure6", [varied("w", 1, "random", factoid), varied("w", 2, text, factoid)])
     draw("figure7", [varied("x", stage, mix, [*with_id, *other]) for stage in (2, 1) for mix in ("random", text)], 4)
-    draw("figure8", [three_stages])
+    draw("figure8", [lambda axes: bars(grid, ablated, generic(["none", "random/k-pile"], grid), later_two(grid), axes)])
     draw("figure9", [lambda axes, a=a: bars(grid, a, rows, [b for b in with_id if b != a], axes) for a in with_runs])
     draw("figure10", [lambda axes, a=a: bars(grid, a, rows, other, axes) for a in with_runs])
     draw("forgetting", [over_time(a) for a in with_runs])
+    lens = {}  # what probe.py left of chains of two stages, a line a history
+    for key, runs in sorted(grid.items()):
+        run, a = runs[min(runs)], key.partition("/")[0].partition("+")[0]
+        if "/" in key and (file := run["folder"] / f"probe.{a}.json").exists():
+            lens.setdefault(a, []).append((a, f"{mix_label(run['lineage'])}, after {run['lineage'][-1]['data']}", read_rows(file)))
+    for name, results in {"figure4": sum(lens.values(), []), **dict(zip(["figure11", "figure12"], lens.values()))}.items():
+        if results:
+            from probe import draw_figure4
+
+            drawn.append(f"{name}-{model}.png")
+            draw_figure4(results, Path(folder) / drawn[-1])
     return drawn
 
 
@@ -856,8 +878,8 @@ def tables(folder):
 def plan_of(lines):
     """What run_all.sh's plan would take, as text: runs by table, steps, tokens, hours and disk. lines: tables, folder, needs, arguments."""
     def option(args, name, default):
-        words = args.split()
-        return words[words.index(name) + 1] if name in words else default
+        words = args.split()[::-1]  # the last one holds
+        return words[words.index(name) - 1] if name in words else default
 
     counts, to_do, measured, seconds, steps, models = {}, [], {}, 0.0, 0, set()
     parents = {line.split("\t")[2] for line in lines}
@@ -898,7 +920,9 @@ def plan_of(lines):
     kept = len(parents - {"-"})
     for model in sorted(models):
         size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 1e9
-        text.append(f"disk: {kept} checkpoints are kept for later stages" + (f", {size:.3f} GB each of {model}" if size else f"; {model} is not here, so its size is unknown"))
+        state = size * (3 if size and weights_dtype(model) == torch.float32 else 6)  # of each run in progress: weights and moments in fp32
+        text.append(f"disk: {kept} checkpoints are kept for later stages" + (f", {size:.3f} GB each of {model}; a run in progress takes {2 * state:.3f} GB more"
+                    if size else f"; {model} is not here, so its size is unknown"))  # fmt: skip
     return "\n".join(text)
 
 

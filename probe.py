@@ -134,8 +134,8 @@ def probe(args, stages, device, rank):
             results.append((name, label, result))
             if rank == 0:
                 print_lens(path, name, result)
-                write_json(Path(path) / f"probe.{name}.json", result)
                 draw_ranks(ranks, result, f"{path}: {name}", Path(path) / f"probe.{name}.png")
+                write_json(Path(path) / f"probe.{name}.json", result)  # last: where it is, all is
     if args.out and rank == 0:
         draw_figure4(results, args.out)
         print(f"-> {args.out}")

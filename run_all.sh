@@ -191,10 +191,11 @@ finish() {
   [ -z "$like" ] || args=${args/@$like/$(epochs "@$like" "$args")}
   mkdir -p "$folder" && exec {lock}> "$folder/lock" || return  # the child inherits it: held until it too has ended
   if [ "$wait" = 0 ] && ! flock -n $lock; then exec {lock}>&-; return 75; fi
-  flock $lock || return
+  attend flock $lock || return
   [[ $folder != *+familiar-s* ]] || asked="--data $familiar_a --num-examples $(value --num-examples "$args")"
   if ! finished "$folder"; then
     [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $precision $EXTRA || return
+    rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
     [ -e "$folder/eval.json" ] || attend "$python" "$code/evaluate.py" "$folder" $asked ${EVALUATION:-$precision} || return
     finished "$folder" || attend "$python" "$code/probe.py" "$folder" --no-base ${EVALUATION:-$precision} || return
     echo "$folder" >> "$runs/finished.log" || return
@@ -204,7 +205,7 @@ finish() {
 }
 
 run_grid() {
-  local tables folder needed args n=0 wait status todo=()
+  local tables folder needed args n=0 status lock busy=yes todo=()
   declare -gA args_of needs_of tables_of parent
   while IFS=$'\t' read -r tables folder needed args; do
     args_of[$folder]=$args needs_of[$folder]=$needed tables_of[$folder]=$tables
@@ -215,10 +216,15 @@ run_grid() {
   [ ${#todo[@]} -gt 0 ] || { echo "run_all.sh: no run for --only $only --shard $shard; see --dry-run" >&2; exit 2; }
   trap stop INT TERM
   mkdir -p "$runs"
-  for wait in 0 1; do  # first what nobody is at, then what others were
-    for folder in "${todo[@]}"; do finish "$folder" $wait || { status=$?; [ $status = 75 ] || exit $status; }; done
+  while [ -n "$busy" ]; do  # do what nobody is at; wait for one that somebody is at; again
+    busy=
+    for folder in "${todo[@]}"; do finish "$folder" 0 || { status=$?; [ $status = 75 ] || exit $status; busy=${busy:-$folder}; }; done
+    [ -z "$busy" ] || finish "$busy" 1 || exit
   done
-  "$python" "$code/evaluate.py" --tables "$runs"
+  exec {lock}> "$runs/lock"
+  attend flock $lock
+  rm -f "$runs"/*.tmp
+  attend "$python" "$code/evaluate.py" --tables "$runs"
 }
 
 seeds="0 1 2" runs=runs only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision=
@@ -246,7 +252,7 @@ while [ $# -gt 0 ]; do
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
     --tiny)
-      llama=models/tiny mistral=models/tiny size="--num-examples 10 --batch-size 10 --lr 1e-2 --epochs 2 --mix-words 4 --eval-every 2" precision="--precision fp32"
+      llama=models/tiny mistral=models/tiny size="--num-examples 10 --batch-size 10 --lr 1e-2 --epochs 4 --mix-words 4 --eval-every 2" precision="--precision fp32"
       seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
     *) usage ;;
   esac

@@ -21,7 +21,7 @@ def furnish(folder):
     sets |= {"popqa.familiar": 10, "triviaqa.familiar": 10, "gsm8k": 10}
     sets |= {f"{mix}{words}": 40 for mix in ("random", "k-pile", "a-pile", "fineweb") for words in (".w4", ".w8")}
     for name, n in sets.items():
-        rows = [{"id": f"{name}-{i}", "prompt": f"{name} {i}?", "response": f"{i * 7919 % 1000}"} for i in range(n)]
+        rows = [{"id": f"{name}-{i}", "prompt": f"{name} {i}?", "response": name[0]} for i in range(n)]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (data / f"{name}.json").write_text(json.dumps({"name": name, "seed": 0, "base_model": "tiny"}))
 
