@@ -252,7 +252,7 @@ while [ $# -gt 0 ]; do
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
     --tiny)
-      llama=models/tiny mistral=models/tiny size="--num-examples 10 --batch-size 10 --lr 1e-2 --epochs 4 --mix-words 4 --eval-every 2" precision="--precision fp32"
+      llama=models/tiny mistral=models/tiny size="--num-examples 10 --batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
       seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
     *) usage ;;
   esac

@@ -27,6 +27,7 @@ def serve(address):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
+    listener.settimeout(300)  # left alone it ends
     os.close(1)  # that is what the pioneer waits for
     os.dup2(2, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
@@ -42,8 +43,8 @@ def serve(address):
 def become(connection):
     """Be the command that a client asks for, to the end."""
     message, files, _, _ = socket.recv_fds(connection, 2**20, 64)
-    asked = json.loads(message)
-    os.setpgid(0, asked["group"])  # fails where the client has been killed with its group
+    asked = json.loads(message or sys.exit())  # the client has been killed
+    os.setpgid(0, asked["group"])  # fails where its group has been
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN if asked["no_sigint"] else signal.default_int_handler)
     for number, file in enumerate(files[:3]):
