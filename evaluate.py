@@ -652,7 +652,7 @@ def retention(grid, a):
             steps = run["lineage"][-1]["steps"]
             checks = [(100 * line["step"] / steps, line["accuracy"]) for line in read_rows(run["folder"] / "metrics.jsonl") if line.get("data") == a]
             if checks:
-                curves.setdefault("none" if row == "-/-" else row, []).append(before + checks)
+                curves.setdefault({"-/-": "none", "long/-": "long"}.get(row, row), []).append(before + checks)
     return curves
 
 

@@ -17,6 +17,8 @@ FIGURES = [f"figure{i}" for i in (2, 4, 5, 6, 7, 8, 9, 10, 11, 12)] + ["forgetti
 TRAINED = r"(runs/\S+): \d+ steps, loss"  # what train.py prints at its end
 TINY = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}  # 5,000 parameters
 
+HITS = [(os.killpg, signal.SIGKILL, [-9]), (os.killpg, signal.SIGINT, [130, -2]), (os.kill, signal.SIGKILL, [-9])]  # -2: before its trap is set
+
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
@@ -39,11 +41,16 @@ def furnish(folder):
     return folder
 
 
+def own_group():
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in a shell's background inherit that it is ignored, which no trap could change
+
+
 def start(folder, python, *options, log="log", **environ):
     """run_all.sh --tiny in a folder, a process group of its own."""
     env = os.environ | {"HERE": "yes", "PYTHON": str(python)} | environ
     with open(folder / log, "a") as output:
-        return subprocess.Popen(["bash", ROOT / "run_all.sh", "--tiny", *options], cwd=folder, env=env, stdout=output, stderr=output, preexec_fn=os.setpgrp)
+        return subprocess.Popen(["bash", ROOT / "run_all.sh", "--tiny", *options], cwd=folder, env=env, stdout=output, stderr=output, preexec_fn=own_group)
 
 
 def planned(folder):
@@ -70,8 +77,8 @@ def shared(python, tmp_path_factory):
     return folder
 
 
-def test_whole_and_shared(shared, python):
-    """Every run once, by one process or the other; every table, claim and figure; then nothing is left to do."""
+def test_whole_and_shared(shared):
+    """Every run once, by one process or the other; every table, claim and figure."""
     plan = planned(shared)
     assert len(plan) > 100 and sorted((shared / "runs" / "finished.log").read_text().split()) == sorted(plan)
     trained = [re.findall(TRAINED, (shared / log).read_text()) for log in ("a.log", "b.log")]
@@ -81,13 +88,21 @@ def test_whole_and_shared(shared, python):
         table = text.partition(f"**Table {number}.")[2].partition("**Table" if number < 6 else "**Claims")[0]
         assert len(re.findall(r"\d\.\d", table)) >= 8, table
     verdicts = [line.split(" | ")[1] for line in text.partition("| claim |")[2].partition("\n\n")[0].split("\n")[2:]]
-    assert len(verdicts) > 20 and set(verdicts) == {"PASS", "FAIL", ""}
+    assert len(verdicts) > 20 and set(verdicts) <= {"PASS", "FAIL", ""}
     for name in FIGURES:
         assert f"({name}-tiny.png)" in text and (shared / "runs" / f"{name}-tiny.png").stat().st_size > 1000
     chains = [run for run in plan if run.count("/") > 2]
     assert {json.loads(line)["run"] for line in open(shared / "runs" / "facts.jsonl")} == set(chains)
-    assert start(shared, python, "--dry-run", log="after").wait() == 0
-    assert re.search(rf"all +{len(plan)} +{len(plan)} +0 [^$]*tokens/s measured: 0.0 hours[^$]*GB more", (shared / "after").read_text())
+
+
+def test_plan_of_a_begun_grid(shared, python):
+    """What another seed would take follows from what the first took: as many steps and tokens."""
+    assert start(shared, python, "--dry-run", "--seeds", "0 1", log="begun").wait() == 0
+    text, done = (shared / "begun").read_text(), [row for run in planned(shared) for row in metrics(shared / run) if "tokens" in row]
+    assert re.search(r"\nall +214 +107 +107 ", text) and f"steps to do: at most {len(done)}," in text
+    rate = sum(row["tokens"] for row in done) / sum(row["seconds"] for row in done)
+    assert f"at most {sum(row['tokens'] for row in done):.3g}; {rate:.0f} tokens/s measured: 0.0 hours" in text
+    assert "30 checkpoints are kept for later stages, 0.000 GB each of models/tiny; a run in progress takes" in text
 
 
 def test_controls_and_three_stages(shared):
@@ -105,17 +120,18 @@ def test_controls_and_three_stages(shared):
 
 
 def test_killed_at_random(shared, python, tmp_path, request):
-    """Two processes, kill -9 of one or the other or Ctrl-C at any moment: restarted, they end with the same bytes, and no run was lost or done twice."""
+    """Two processes; at any moment one or the other gets kill -9, with its children or without them, or Ctrl-C, and is started again:
+    they end with the same bytes, and no run was lost or done twice."""
     furnish(tmp_path)
-    chance, kills = random.Random(0), 40 if request.config.getoption("--long") else 10
+    chance, kills = random.Random(0), 40 if request.config.getoption("--long") else 12
     go = lambda: start(tmp_path, python, EXTRA="--save-every 2")
     processes = [go(), go()]
     for n in range(kills):
-        time.sleep(chance.uniform(0.5, 3))
-        i = chance.randrange(2)
+        time.sleep(chance.uniform(0.2, 2.5))
+        i, (kill, sent, statuses) = chance.randrange(2), HITS[n % len(HITS)]
         if processes[i].poll() is None:
-            os.killpg(processes[i].pid, signal.SIGINT if n % 4 == 1 else signal.SIGKILL)
-            assert processes[i].wait(60) in ((130, -signal.SIGINT) if n % 4 == 1 else (-signal.SIGKILL,))
+            kill(processes[i].pid, sent)
+            assert processes[i].wait(60) in statuses
             processes[i] = go()
     log = (tmp_path / "log").read_text
     assert [process.wait(600) for process in processes] == [0, 0], log()[-4000:]
