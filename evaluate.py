@@ -561,7 +561,7 @@ def bootstrap(differences, resamples=RESAMPLES):
 
 def compare(grid, sides, asked):
     """(mean, mean, (lower, upper), seeds, D_B) of two sides [[(history, D_B), ...], ...] in % of a set; None where a side has no run in common seeds."""
-    runs = [[(b, grid[key]) for key, b in side if key in grid] for side in sides]
+    runs = [[(b, {seed: run for seed, run in grid[key].items() if asked in run["eval"]}) for key, b in side if key in grid] for side in sides]
     seeds = sorted(set.intersection(*[set(found) for side in runs for _, found in side])) if all(runs) else []
     if not seeds:
         return None

@@ -10,22 +10,22 @@ from conftest import ROOT, run
 from evaluate import bootstrap, misprinted, paper_figures, tables
 
 
-def put(folder, histories):
-    """Finished runs without weights: {history: {seed: right answers, a 0 or 1 for each fact of kvr}}."""
+def put(folder, histories, asked="kvr"):
+    """Finished runs without weights: {history: {seed: right answers, a 0 or 1 for each fact of the set asked}}."""
     for history, seeds in histories.items():
         for seed, right in seeds.items():
             run_ = folder / "Meta-Llama-3-8B"
             lineage = []
             for stage, label in enumerate(history.split("/"), 1):
                 run_ = run_ / f"{label}-s{seed}"
-                data, _, mix = label.partition("+")
+                data, _, mix = label.removesuffix("+familiar").partition("+")
                 entry = {"stage": stage, "data": data.removesuffix("-long"), "num_examples": len(right), "mix": "none" if "replay" in mix else mix or "none"}
                 lineage.append(entry | {"mix_words": 50, "mix_ratio": 2.0, "steps": 4, "seed": seed, "data_sha256": "", "base_model": "models/Meta-Llama-3-8B"})
             run_.mkdir(parents=True)
             (run_ / "run.json").write_text(json.dumps(lineage))
             (run_ / "metrics.jsonl").write_text('{"step": 2, "data": "kvr", "accuracy": 50.0}\n')
-            (run_ / "eval.json").write_text(json.dumps({"kvr": {"accuracy": 100 * sum(right) / len(right), "correct": sum(right), "total": len(right)}}))
-            (run_ / "predictions.kvr.jsonl").write_text("".join(json.dumps({"id": f"kvr-{i}", "correct": bool(r)}) + "\n" for i, r in enumerate(right)))
+            (run_ / "eval.json").write_text(json.dumps({asked: {"accuracy": 100 * sum(right) / len(right), "correct": sum(right), "total": len(right)}}))
+            (run_ / f"predictions.{asked}.jsonl").write_text("".join(json.dumps({"id": f"{asked}-{i}", "correct": bool(r)}) + "\n" for i, r in enumerate(right)))
 
 
 def test_paper_figures():
@@ -58,6 +58,16 @@ def test_cells_and_claims(tmp_path):
     assert lama == [(1, None), (1, 2), (1, 2), (1, 2)]
     for name in ["figure2", *[f"figure{i}" for i in range(5, 11)], "forgetting"]:
         assert (tmp_path / f"{name}-Meta-Llama-3-8B.png").stat().st_size > 1000
+
+    put(tmp_path, {"lama+familiar": {0: [0, 0, 0, 1]}, "lama+fineweb+familiar": {0: [1, 1, 1, 1]}}, asked="popqa.familiar")
+    put(tmp_path, {"kvr/webqa/math": {0: [0, 0, 0, 1]}, "kvr/webqa/entityqa": {0: [0, 0, 0, 0]}, "kvr+random/webqa+k-pile/math": {0: [1, 1, 1, 1]}})
+    text = tables(tmp_path)
+    assert "| No Mixing | 25.0 <sub>27.3</sub> | <sub>24.4</sub> |" in text and "| FineWeb | 100.0 <sub>54.9</sub> |" in text  # of table 5
+    claim = next(line for line in text.split("\n") if "keep familiar facts" in line)
+    assert "| NOT RUN | PopQA | 100.0 | 25.0 | +75.0 [" in claim and claim.endswith("lama; 1 | +24.6 |")  # TriviaQA's were not asked
+    assert "| random/k-pile keeps more over three stages | PASS | Key-Value Recall | 100.0 | 25.0 | +75.0 [" in text
+    assert "| two factoid stages after the first forget most | FAIL | Key-Value Recall | 25.0 | 0.0 | +25.0 [+0.0, " in text
+
     (tmp_path / "Meta-Llama-3-8B/kvr-s0/lama-s0").rename(tmp_path / "Meta-Llama-3-8B/kvr-s0/webqa+random-s0")
     with_other_name = run(tmp_path, "evaluate.py", "--tables", tmp_path, ok=False)
     assert with_other_name.returncode == 2 and "webqa+random-s0" in with_other_name.stderr
