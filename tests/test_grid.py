@@ -55,6 +55,7 @@ def start(folder, python, *options, log="log", **environ):
 
 def planned(folder):
     """The plan's folders, as run_all.sh hands its lines to evaluate.py."""
+    (folder / "plan").unlink(missing_ok=True)
     (folder / "cat").write_text("#!/bin/sh\nexec cat\n")
     (folder / "cat").chmod(0o755)
     assert start(folder, folder / "cat", "--dry-run", log="plan").wait() == 0
