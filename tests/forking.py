@@ -1,6 +1,6 @@
 """A `python` that starts in no time, for tests that run hundreds of commands: one process has imported PyTorch and the scripts and forks for each.
 
-`python forking.py SOCKET` serves. The script of pioneer() is what is called in python's place: it hands its arguments, folder, environment
+`python forking.py SOCKET` serves. The script of start_server() is what is called in python's place: it hands its arguments, folder, environment
 and open files (with a run's lock among them) to a fork in its own process group, passes SIGTERM on and ends with the fork's status.
 """
 
@@ -19,7 +19,8 @@ from pathlib import Path
 def serve(address):
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import matplotlib.pyplot  # noqa: F401
-
+    import regex  # noqa: F401
+    import tiktoken  # noqa: F401
     import torch._dynamo  # noqa: F401
 
     import probe  # noqa: F401
@@ -28,7 +29,7 @@ def serve(address):
     listener.bind(address)
     listener.listen()
     listener.settimeout(300)  # left alone it ends
-    os.close(1)  # that is what the pioneer waits for
+    os.close(1)  # start_server waits for that
     os.dup2(2, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     gc.freeze()  # or every fork's collection would copy all of this
@@ -84,7 +85,7 @@ sys.exit(int(server.recv(32) or 137))
 """
 
 
-def pioneer(folder):
+def start_server(folder):
     """(the server's process, the path of an executable to call in python's place), both in a folder."""
     address, client = folder / "socket", folder / "python"
     client.write_text(CLIENT.format(python=sys.executable, address=address))

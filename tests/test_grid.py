@@ -22,7 +22,7 @@ HITS = [(os.killpg, signal.SIGKILL, [-9]), (os.killpg, signal.SIGINT, [130, -2])
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    server, client = forking.pioneer(tmp_path_factory.mktemp("python"))
+    server, client = forking.start_server(tmp_path_factory.mktemp("python"))
     yield client
     server.kill()
 
