@@ -62,7 +62,8 @@ def worked_out():
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(unit[torch.arange(24) % 4])
         for block, shift in zip(model.model.layers, (1, 2)):
-            block.self_attn.o_proj.weight.zero_()
+            for projection in block.self_attn.children():
+                projection.weight.zero_()
             # The norm doubles a unit vector, so unit j of the MLP is silu(100) * 0.01 = 1 where the residual is j, else 0.
             block.mlp.gate_proj.weight.copy_(50 * unit)
             block.mlp.up_proj.weight.copy_(0.005 * unit)
