@@ -247,7 +247,7 @@ while [ $# -gt 0 ]; do
     --small)
       choose_precision
       llama=$smollm2 mistral=$smollm2 size="--num-examples 16 --batch-size 8 --mix-words 4" sets_a="kvr bios"
-      pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8"
+      pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8 --eval-every 8"
       present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
