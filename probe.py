@@ -31,7 +31,7 @@ from model import CheckpointError, Config, check_saved, load_model, load_weights
 from train import AdamW, asking, batch_loss, batches, build_sharded, collate, keep_freed_memory, learning_rate, n_supervised
 
 TOP_K = 10  # section 5
-MICRO_TOKENS = 1024  # most tokens of a forward pass, padding included
+MICRO_TOKENS = 512  # most tokens of a forward pass, padding included
 HEAD_ROWS = 64  # positions whose logits exist at a time
 ASKED = 32  # prompts that generate together: their keys and values are most of the lens's memory
 
