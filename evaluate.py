@@ -261,6 +261,7 @@ def _answered(part, header):
 # ---------------------------------------------------------------- tables
 
 # The paper's printed figures: a block's D_A, then row: cells. Averages, after "|", only serve to name those that are not their cells' mean.
+# In table 6 the paper prints the same non-factoid figures for all four mixes.
 PAPER = """
 table2 kvr
 none: 0.5 2.1 17.4 33.8 | 13.5; 24.4 27.3 49.5 26.7 66.6 | 38.9
