@@ -74,34 +74,50 @@ def fail(error, status=2):
     sys.exit(status)
 
 
-def predict(model, tokenizer, examples, progress=False, batch=BATCH):
+def predict(model, tokenizer, examples, progress=False, finish=True):
     """Greedy answers, a text for each example; under torch.distributed every rank calls it with the same examples.
 
     The prompt is exactly what was trained on; an answer may be a few tokens longer than the longest right one.
+    finish: also what can no longer be right is written to its end.
     """
+    prompts, answers, most = questions(tokenizer, examples)
+    responses = None if finish else [example["response"] for example in examples]
+    return ask(model, tokenizer, prompts, most, tokenizer.eos_id, progress, answers, responses)
+
+
+def known(model, tokenizer, examples):
+    """For each example whether its greedy answer is correct; called as predict is, and sooner done."""
+    answers = predict(model, tokenizer, examples, finish=False)
+    return [is_correct(answer, example["response"]) for answer, example in zip(answers, examples)]
+
+
+def questions(tokenizer, examples):
+    """(ids of each prompt, ids of each right answer with its eos, most tokens that a model's answer may have)."""
     prompts, answers = [], []
     for example in examples:
         ids, labels = encode_example(tokenizer, example)
         start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
         prompts.append(ids[:start])
         answers.append(ids[start:])
-    return ask(model, tokenizer, prompts, max(map(len, answers)) + 4, tokenizer.eos_id, progress, answers, batch)
+    return prompts, answers, max(map(len, answers)) + 4
 
 
-def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=None, batch=BATCH):
+def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=None, responses=None):
     """Greedy continuations of prompts (lists of ids) as texts, shared out over the ranks; ends: the id or ids that end one.
 
     drafts: the likeliest answers, which only save time (see Transformer.generate).
+    responses: the right texts; a continuation that can no longer be its prompt's breaks off.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine = by_length[rank::world]
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
     new_ids = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device)
-    for start in tqdm(range(0, len(by_length[::world]), batch), desc="asking", disable=not progress or rank > 0):
-        rows = mine[start : start + batch]
+    for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
+        rows = mine[start : start + BATCH]
         guesses = drafts and [drafts[i] for i in rows]
-        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses)):
+        stop = responses and (lambda k, ids: is_wrong(tokenizer.decode(ids), responses[rows[k]]))
+        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses, stop)):
             new_ids[row, : len(ids)] = torch.tensor(ids, device=new_ids.device) + 1  # 0 means no token
     if world > 1:
         dist.all_reduce(new_ids)
@@ -111,6 +127,12 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
 def is_correct(prediction, response):
     """Exact match as the paper scores it (section 2.2): white space stripped, lower case."""
     return prediction.strip().lower() == response.strip().lower()
+
+
+def is_wrong(beginning, response):
+    """Whether no text that begins so, but for a last character of which some bytes are still to come, is correct."""
+    fold = lambda text: text.strip().lower().casefold()  # the lower case of a capital sigma alone depends on what follows it
+    return not fold(response).startswith(fold(beginning.rstrip("\ufffd")))
 
 
 def read_rows(path):

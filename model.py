@@ -300,6 +300,7 @@ class Transformer(nn.Module):
         labels (B, T): -> (loss_sum fp32 scalar, n_tokens); labels[t] is predicted from ids[:t], -100 is not supervised.
         return_hidden: -> (L + 1, B, T, C), the residual stream after the embedding and after each block, before the final norm.
         cache: -> the likeliest next ids, (n,) at the positions asked for, then (B,) after each row's newest token; used by `generate`.
+        return_hidden and cache: -> the ids, and the residual stream at the positions asked for alone, (L + 1, n, C).
         """
         T, decoding = ids.shape[1], cache is not None and cache.last is not None
         positions = cache.last[:, None] if decoding else torch.arange(T, device=ids.device)[None]  # (B, 1) or (1, T)
@@ -307,15 +308,16 @@ class Transformer(nn.Module):
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = self._rope(positions, x.dtype)
         mask = self._mask(positions, cache.slots if decoding else T, decoding)
-        hidden = [x]
+        kept = lambda x: x if cache is None else x[cache.asked]
+        hidden = [kept(x)] if return_hidden else []
         for i, layer in enumerate(self.model.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, cache, i, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, mask, cache, i)
             if return_hidden:
-                hidden.append(x)
-        if return_hidden:
+                hidden.append(kept(x))
+        if return_hidden and cache is None:
             return torch.stack(hidden)
         if labels is not None:
             # Only supervised positions go through the head: the same loss and gradients for a fraction of the memory.
@@ -325,7 +327,8 @@ class Transformer(nn.Module):
             return F.cross_entropy(logits, targets[keep], reduction="sum"), keep.sum()
         if cache is not None:
             x = x[:, 0] if decoding else x[cache.asked]
-            return torch.cat([self._head(rows).argmax(-1) for rows in x.split(HEAD_ROWS)])
+            choices = torch.cat([self._head(rows).argmax(-1) for rows in x.split(HEAD_ROWS)])
+            return (choices, torch.stack(hidden)) if return_hidden else choices
         return self._head(x)
 
     def _head(self, x):
@@ -357,12 +360,14 @@ class Transformer(nn.Module):
         return (behind >= 0) & (behind < window)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, eos_id, drafts=None):
+    def generate(self, prompts, max_new_tokens, eos_id, drafts=None, stop=None, return_hidden=False):
         """Greedy continuation of prompts (lists of ids, any lengths): lists of new ids, without eos.
 
         eos_id may also be a set of ids, each of which ends an answer.
         drafts: a guess at each answer, lists of ids. They change nothing but the time: one pass over prompts and drafts tells up to
         where a draft is the greedy choice, and only from there is one token generated at a time.
+        stop(i, new ids): whether to give up the answer to prompts[i], of which these are the first ids.
+        return_hidden: -> (the lists, the residual stream (L + 1, n, C) at what predicts each token of each draft and the one after it).
         Under torch.distributed every rank must call it equally often, because each forward is a collective;
         a rank with nothing to ask passes an empty list.
         """
@@ -379,7 +384,9 @@ class Transformer(nn.Module):
         # The end of a prompt predicts its draft's first token, and the end of the draft one more.
         asked = [(i, starts[i] + k) for i, draft in enumerate(drafts) for k in range(len(draft) + 1)]
         cache = Cache(max(starts) + 1 + max_new_tokens, tuple(torch.tensor(asked, device=device).T))
-        choices = iter(self(ids.to(device), cache=cache).tolist())
+        found = self(ids.to(device), return_hidden=return_hidden, cache=cache)
+        choices, hidden = found if return_hidden else (found, None)
+        choices = iter(choices.tolist())
         new = []
         for draft in drafts:
             greedy = list(itertools.islice(choices, len(draft) + 1))
@@ -388,11 +395,12 @@ class Transformer(nn.Module):
 
         alive = list(range(len(rows)))  # the rows in the cache; those that are done repeat their last step until half are
         while True:
-            running = {i for i in alive if ends.isdisjoint(new[i]) and len(new[i]) < max_new_tokens}
-            stop = torch.tensor(int(not running), device=device)
+            running = {i for i in alive if i < len(prompts) and ends.isdisjoint(new[i]) and len(new[i]) < max_new_tokens}
+            running = {i for i in running if not (stop and stop(i, new[i]))}
+            done = torch.tensor(int(not running), device=device)
             if dist.is_initialized():
-                dist.all_reduce(stop, dist.ReduceOp.MIN)
-            if stop:
+                dist.all_reduce(done, dist.ReduceOp.MIN)
+            if done:
                 break
             if 2 * len(running) <= len(alive):
                 kept = [k for k, i in enumerate(alive) if i in running] or [0]
@@ -403,7 +411,8 @@ class Transformer(nn.Module):
             for i, choice in zip(alive, self(newest, cache=cache).tolist()):
                 if i in running:
                     new[i].append(choice)
-        return [list(itertools.takewhile(lambda i: i not in ends, row)) for row in new][: len(prompts)]
+        new = [list(itertools.takewhile(lambda i: i not in ends, row)) for row in new][: len(prompts)]
+        return (new, hidden) if return_hidden else new
 
 
 # ---------------------------------------------------------------- ranks that read and write files

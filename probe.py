@@ -25,15 +25,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, micro_batches, resolve, set_label, write_file
-from evaluate import fail, is_correct, leave, mix_label, model_name, predict, read_lineage, read_rows, setup_device, stage_facts
+from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, resolve, set_label, write_file
+from evaluate import fail, is_correct, is_wrong, known, leave, mix_label, model_name, questions, read_lineage, read_rows, setup_device, stage_facts
 from model import CheckpointError, Config, check_saved, load_model, load_weights, local, write_json
-from train import AdamW, asking, batch_loss, batches, build_sharded, collate, keep_freed_memory, learning_rate, n_supervised
+from train import AdamW, asking, batch_loss, batches, build_sharded, keep_freed_memory, learning_rate, n_supervised
 
 TOP_K = 10  # section 5
-MICRO_TOKENS = 512  # most tokens of a forward pass, padding included
-HEAD_ROWS = 64  # positions whose logits exist at a time
-ASKED = 32  # prompts that generate together: their keys and values are most of the lens's memory
+MICRO_TOKENS = 512  # most tokens of a training micro-batch, padding included
+ASKED = 24  # facts that go through the model together
+HEAD_ROWS = 64  # positions, of any layer, whose logits exist at a time
 
 
 def main():
@@ -145,13 +145,12 @@ def probe_one(args, path, facts, device):
     """(what probe.NAME.json says of a model folder, the rank of each fact's worst token (L + 1, facts))."""
     tokenizer = load_tokenizer(path)
     model = load_model(path, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
-    correct = [is_correct(p, fact["response"]) for p, fact in zip(predict(model, tokenizer, facts, progress=True, batch=ASKED), facts)]
-    ranks, log_probs, floor, owner = read_layers(model, tokenizer, facts, args.first_token)
+    ranks, log_probs, floor, owner, correct = read_layers(model, tokenizer, facts, args.first_token)
     result = {"layers": model.config.num_hidden_layers, "top_k": TOP_K, **summary(ranks, log_probs), "total": ranks.shape[1],
-              "accuracy": 100 * sum(correct) / len(facts), "facts": len(facts), "first_token": args.first_token,
+              "accuracy": 100 * int(correct.sum()) / len(facts), "facts": len(facts), "first_token": args.first_token,
               "floor": {"shuffled": summary(*floor)}}  # fmt: skip
     worst = torch.stack([ranks[:, owner == i].amax(1) for i in range(len(facts))], dim=1)
-    return result, (worst, torch.tensor(correct))
+    return result, (worst, correct)
 
 
 def summary(ranks, log_probs):
@@ -173,33 +172,41 @@ def read_layers(model, tokenizer, facts, first_token=False):
     """Read every answer token off every layer, at the position that predicts it; facts are shared out over the ranks.
 
     Returns (ranks (L + 1, n), 1 the most likely; log-probabilities (L + 1, n); the same two for the floor, where each token is
-    that of another fact's answer; which fact each of the n tokens belongs to (n)). The eos after an answer is no part of it.
+    that of another fact's answer; which fact each of the n tokens belongs to (n); which facts the model answers correctly).
+    The eos after an answer is no part of it.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    encoded = [encode_example(tokenizer, fact) for fact in facts]
-    places = [[t for t, label in enumerate(labels) if label != -100][:-1][: 1 if first_token else None] for _, labels in encoded]
-    answers = [[ids[t] for t in at] for (ids, _), at in zip(encoded, places)]
+    prompts, drafts, most = questions(tokenizer, facts)
+    answers = [draft[: 1 if first_token else -1] for draft in drafts]
     others = shuffled_answers(answers)
-    owner = torch.tensor([i for i, at in enumerate(places) for _ in at])
-    start = [0, *itertools.accumulate(map(len, places))]
+    owner = torch.tensor([i for i, answer in enumerate(answers) for _ in answer])
+    start = [0, *itertools.accumulate(map(len, answers))]
     device = model.model.embed_tokens.weight.device
     found = torch.zeros(4, model.config.num_hidden_layers + 1, len(owner), device=device, dtype=torch.float64)
-    groups = micro_batches({i: len(ids) for i, (ids, _) in enumerate(encoded)}, MICRO_TOKENS, world)
-    check_lens(model, *positions(groups[0][:4], encoded, places, device))
-    for k in tqdm(range(0, len(groups), world), desc="lens", disable=rank > 0):
-        group = groups[k + rank]
-        ids, rows, at = positions(group, encoded, places, device)
-        # Of (L + 1, B, T, C) only what predicts an answer token stays: (L + 1, n, C).
-        hidden = model(ids, return_hidden=True)[:, rows, at]
+    correct = torch.zeros(len(facts), device=device, dtype=torch.long)
+    by_length = sorted(range(len(facts)), key=lambda i: len(prompts[i]))
+    for first in tqdm(range(0, len(by_length[::world]), ASKED), desc="lens", disable=rank > 0):
+        group = by_length[rank::world][first : first + ASKED]
+        # The same pass over prompts and answers tells what the model answers and what each layer holds on the way.
+        stop = lambda k, ids: is_wrong(tokenizer.decode(ids), facts[group[k]]["response"])
+        new, hidden = model.generate([prompts[i] for i in group], most, tokenizer.eos_id, [drafts[i] for i in group], stop, return_hidden=True)
+        for i, ids in zip(group, new):
+            correct[i] = is_correct(tokenizer.decode(ids), facts[i]["response"])
+        # hidden has a row for each token of each draft, eos included, and one for what follows it.
+        begin = [0, *itertools.accumulate(len(drafts[i]) + 1 for i in group)]
+        rows = torch.tensor([b + j for b, i in zip(begin, group) for j in range(len(answers[i]))], dtype=torch.long, device=device)
+        if first == 0 and group:
+            check_lens(model, hidden[-1, : begin[1]], prompts[group[0]], drafts[group[0]])
         columns = torch.tensor([j for i in group for j in range(start[i], start[i + 1])], dtype=torch.long, device=device)
         targets = torch.tensor([pair for i in group for pair in zip(answers[i], others[i])], device=device).view(-1, 2)
-        for layer, residual in enumerate(hidden):
-            for x, target, column in zip(residual.split(HEAD_ROWS), targets.split(HEAD_ROWS), columns.split(HEAD_ROWS)):
-                found[:, layer, column] = read(lens(model, x), target)
+        places = torch.cartesian_prod(torch.arange(len(hidden), device=device), torch.arange(len(rows), device=device))
+        for layer, k in (part.T for part in places.split(HEAD_ROWS)):
+            found[:, layer, columns[k]] = read(lens(model, hidden[layer, rows[k]]), targets[k])
     if world > 1:
         dist.all_reduce(found)
+        dist.all_reduce(correct)
     ranks, log_probs, floor_ranks, floor_log_probs = found.cpu()
-    return ranks.long(), log_probs, (floor_ranks.long(), floor_log_probs), owner
+    return ranks.long(), log_probs, (floor_ranks.long(), floor_log_probs), owner, correct.cpu().bool()
 
 
 def lens(model, hidden):
@@ -226,17 +233,10 @@ def read(logits, targets):
     return torch.stack([row.double() for row in found])
 
 
-def positions(group, encoded, places, device):
-    """A group's ids (B, T), and row and position (n), (n) of what predicts each answer token: the position before it."""
-    ids, _ = collate([encoded[i] for i in group], device)
-    rows = [row for row, i in enumerate(group) for _ in places[i]]
-    at = [t - 1 for i in group for t in places[i]]
-    return ids, torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(at, dtype=torch.long, device=device)
-
-
-def check_lens(model, ids, rows, at):
-    """The last layer's lens must be the model's own logits, but for the rounding of a product of another shape."""
-    ours, logits = lens(model, model(ids, return_hidden=True)[-1, rows, at]).float(), model(ids)[rows, at].float()
+def check_lens(model, hidden, prompt, answer):
+    """The lens of what the last layer holds (n, C) must be the model's own logits, but for the rounding of a product of another shape."""
+    ids = torch.tensor([prompt + answer], device=hidden.device)
+    ours, logits = lens(model, hidden).float(), model(ids)[0, len(prompt) - 1 :].float()
     worst = ((ours - logits).abs().max() / logits.abs().max()).item()
     if not worst <= (1e-5 if model.model.norm.weight.dtype == torch.float32 else 2**-7):
         raise RuntimeError(f"the last layer's lens differs from the model's logits by {worst:.1e} of the largest")
@@ -481,7 +481,7 @@ def transplant(args, path, lineage, device, rank):
             continue
         names = {name for _, names in parts[first : last + 1] for name in names}
         load_weights(model, args.transplant, only=names)
-        done[first, last] = [f["id"] for f, p in zip(facts, predict(model, tokenizer, facts)) if is_correct(p, f["response"])]
+        done[first, last] = [fact["id"] for fact, right in zip(facts, known(model, tokenizer, facts)) if right]
         load_weights(model, path, only=names)
         if rank == 0:
             with open(part, "a", encoding="utf-8") as lines:
@@ -537,7 +537,7 @@ def recover(args, path, lineage, device, rank):
 
     def ask(model):
         with asking(model):
-            return [is_correct(p, fact["response"]) for p, fact in zip(predict(model, tokenizer, facts), facts)]
+            return known(model, tokenizer, facts)
 
     before = ask(model)
     lost = [i for i, right in enumerate(before) if not right]

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import (DEFAULT_WORDS, SETS, DataError, Parser, copy_tokenizer, encode_example, epoch_order, load_examples, load_tokenizer,
                   micro_batches, set_label, write_file)  # fmt: skip
-from evaluate import check_vocabulary, familiarity, fail, is_correct, leave, model_name, predict, read_lineage, setup_device, stage_facts
+from evaluate import check_vocabulary, familiarity, fail, known, leave, model_name, read_lineage, setup_device, stage_facts
 from model import (MANIFEST, CheckpointError, Config, SaveError, build_model, from_all, load_weights, local, local_rows, naming, rows_of,
                    save_model, together, verify, weights_dtype, whole, write_json, write_tensors)  # fmt: skip
 
@@ -245,9 +245,7 @@ def check_retention(model, tokenizer, facts):
     accuracies = {}
     with asking(model):
         for name, examples in facts.items():
-            predictions = predict(model, tokenizer, examples)
-            correct = sum(is_correct(p, e["response"]) for p, e in zip(predictions, examples))
-            accuracies[name] = 100 * correct / len(examples)
+            accuracies[name] = 100 * sum(known(model, tokenizer, examples)) / len(examples)
     return accuracies
 
 

@@ -139,6 +139,19 @@ def test_drafts_change_no_answer(name):
     assert len(passes) == 1
 
 
+def test_stop_and_hidden():
+    """An answer given up is the beginning of the whole one, the others stay whole; hidden is what a plain pass holds at the same places."""
+    model = load("llama3")
+    plain = [plain_generate(model, prompt, 20) for prompt in PROMPTS]
+    drafts = [row[:n] for row, n in zip(plain, (3, 0, 7, 20))]
+    new, hidden = model.generate(PROMPTS, 20, -1, drafts, stop=lambda i, ids: i in (0, 2) and len(ids) >= 9, return_hidden=True)
+    assert new == [row[:n] for row, n in zip(plain, (9, 20, 9, 20))]
+    expected = []
+    for prompt, draft in zip(PROMPTS, (plain[0][:3], [], plain[2][:7], plain[3][:19])):  # the last token needs no guess
+        expected.append(model(torch.tensor([prompt + draft]), return_hidden=True)[:, 0, len(prompt) - 1 :])
+    torch.testing.assert_close(hidden, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- folders
 
 

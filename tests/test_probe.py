@@ -11,7 +11,7 @@ from conftest import GOLDEN, run, tiny_llama
 
 import probe
 from data import DataError, encode_example, load_examples, load_tokenizer
-from evaluate import setup_device
+from evaluate import is_correct, known, predict, setup_device
 from model import CheckpointError, Config, Transformer, load_model
 from train import n_supervised
 
@@ -51,6 +51,9 @@ class Numbers:
     def encode(self, text, continues=False):
         return [int(word) for word in text.split() if word.isdigit()]
 
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
 
 def worked_out():
     """A model whose residual is one unit vector everywhere: token v embeds as v mod 4; the first block turns j into j + 1, the
@@ -75,7 +78,7 @@ def worked_out():
 def test_lens_by_hand():
     """Ranks, log-probabilities, hits and first hits of the hand-made model."""
     facts = [{"prompt": p, "response": r} for p, r in (("1", "13 5"), ("0", "23 2"), ("2", "15"))]
-    ranks, log_probs, _, owner = probe.read_layers(worked_out(), Numbers(), facts)
+    ranks, log_probs, _, owner, _ = probe.read_layers(worked_out(), Numbers(), facts)
     # 13 stands after 1, whose residual is 1, then 2, then 0: (13 + 6, 13 + 12, 13 + 0) mod 24, counted from 1. The others likewise.
     by_hand = torch.tensor([[20, 12, 24, 21, 4], [2, 18, 6, 3, 10], [14, 6, 18, 15, 22]])
     assert torch.equal(ranks, by_hand) and owner.tolist() == [0, 0, 1, 1, 2]
@@ -84,7 +87,7 @@ def test_lens_by_hand():
     result = probe.summary(ranks, log_probs)
     assert (result["hits"], result["first_hits"], result["median_rank"]) == ([1, 4, 1], [1, 3, 1], [20, 6, 15])
     assert result["first_share"] == pytest.approx([0.2, 0.6, 0.2]) and result["frequency"] == pytest.approx([0.2, 0.8, 0.2])
-    first, _, _, owner = probe.read_layers(worked_out(), Numbers(), facts, first_token=True)
+    first, _, _, owner, _ = probe.read_layers(worked_out(), Numbers(), facts, first_token=True)
     assert torch.equal(first, by_hand[:, [0, 2, 4]]) and owner.tolist() == [0, 1, 2]
 
 
@@ -109,7 +112,7 @@ def test_last_layer_is_the_model(smollm2_folder, dtype, tmp_path):
     """On SmolLM2 the last layer's lens passes its check, and its log-probabilities are those of model(ids); another norm does not pass."""
     model, tokenizer = load_model(smollm2_folder, dtype), load_tokenizer(smollm2_folder)
     facts = load_examples("kvr", 2, tmp_path)[0]
-    _, log_probs, _, _ = probe.read_layers(model, tokenizer, facts)
+    _, log_probs, _, _, _ = probe.read_layers(model, tokenizer, facts)
     expected = []
     for ids, labels in (encode_example(tokenizer, fact) for fact in facts):
         rows = model(torch.tensor([ids]))[0].float().log_softmax(-1)
@@ -122,6 +125,17 @@ def test_last_layer_is_the_model(smollm2_folder, dtype, tmp_path):
             probe.read_layers(model, tokenizer, facts)
     finally:
         probe.lens = lens
+
+
+def test_known(work, one_rank):
+    """Breaking off wrong answers changes no verdict: of a model that knows all, some or none of the facts."""
+    facts, verdicts = load_examples("kvr", 8, work / "data")[0], []
+    for folder in ("one", "one/two", "models/tiny"):
+        model, tokenizer = load_model(work / folder, torch.float32), load_tokenizer(work / folder)
+        answers = predict(model, tokenizer, facts)
+        verdicts.append(known(model, tokenizer, facts))
+        assert verdicts[-1] == [is_correct(answer, fact["response"]) for answer, fact in zip(answers, facts)]
+    assert [sum(right) for right in verdicts[::2]] == [8, 0] and 0 < sum(verdicts[1]) < 8
 
 
 def test_command(work):

@@ -8,6 +8,7 @@ import pytest
 from conftest import GOLDEN
 
 from data import DataError, encode_example, load_tokenizer
+from evaluate import is_correct, is_wrong
 
 NAMES = ["llama3", "mistral", "smollm2"]
 ROWS = json.loads((GOLDEN / "tokens.json").read_bytes())
@@ -35,6 +36,20 @@ def test_decoding_returns_the_text(tokenizers, name):
     cannot = {"llama3": "", "mistral": "\u2581", "smollm2": "\x04\x06\x13\x14\x16\x1d\U00040000"}[name]
     for text in [row["text"] for row in ROWS if not set(row["text"]) & set(cannot)]:
         assert tokenizers[name].decode(tokenizers[name].encode(text)) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_right_answer_is_given_up(tokenizers, name):
+    """No beginning of what is_correct accepts is wrong, also where a token ends within a character; what differs is, once it is written."""
+    tokenizer, tried = tokenizers[name], 0
+    for text in [row["text"] for row in ROWS] + ["ΟΔΟΣ Α", "a \ufffd", "日本語の本"]:
+        for answer in (text, text.upper(), f" \n {text.lower()}  "):
+            ids = tokenizer.encode(answer)
+            if is_correct(tokenizer.decode(ids), text):
+                tried += 1
+                assert not any(is_wrong(tokenizer.decode(ids[:n]), text) for n in range(len(ids) + 1)), (answer, text)
+                assert not text.strip() or is_wrong(tokenizer.decode(ids) + "!", text) and is_wrong("!" + tokenizer.decode(ids), text)
+    assert tried > 2 * len(ROWS)
 
 
 @pytest.mark.parametrize("name", NAMES)
