@@ -109,6 +109,7 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
     responses: the right texts; a continuation that can no longer be its prompt's breaks off.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    shared = common_start(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine = by_length[rank::world]
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
@@ -117,11 +118,16 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
         rows = mine[start : start + BATCH]
         guesses = drafts and [drafts[i] for i in rows]
         stop = responses and (lambda k, ids: is_wrong(tokenizer.decode(ids), responses[rows[k]]))
-        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses, stop)):
+        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses, stop, shared)):
             new_ids[row, : len(ids)] = torch.tensor(ids, device=new_ids.device) + 1  # 0 means no token
     if world > 1:
         dist.all_reduce(new_ids)
     return [tokenizer.decode([i - 1 for i in row if i]) for row in new_ids.tolist()]
+
+
+def common_start(prompts):
+    """How many ids all prompts begin with, but for the last of the shortest."""
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=1) - 1)
 
 
 def is_correct(prediction, response):

@@ -183,30 +183,32 @@ HEAD_ROWS = 128  # positions whose logits exist at a time in generation
 
 
 class Cache:
-    """Keys and values of a batch of right-padded prompts; slot s of a row holds its token at position s.
+    """Keys and values of a batch of right-padded texts; slot s of a row holds its token at position s.
 
     A row's new tokens overwrite its padding, so a row's result does not depend on the batch it is in.
     """
 
-    def __init__(self, slots, asked):
+    def __init__(self, slots):
         self.slots = slots
-        self.asked = asked  # (rows, positions) of the prompts whose logits are wanted
         self.layers = []  # one (k, v) a layer, each (B, K, S, D)
-        self.last = None  # (B,) position of each row's newest token, once the prompts have been through
+
+    def next(self, positions, last, asked):
+        """What the next forward pass is about: the positions of its tokens, (B, T) or of all rows (1, T), none of them
+        beyond `last`, and the (rows, columns) of those whose next token is wanted."""
+        self.positions, self.filled, self.asked = positions, last + 1, asked
+        return self
 
     def keep(self, rows):
         self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
-    def prefill(self, k, v):
-        """Take the next layer's keys and values of the prompts, (B, K, T, D)."""
-        room = (0, 0, 0, self.slots - k.shape[2])
-        self.layers.append((F.pad(k, room), F.pad(v, room)))
-
-    def append(self, i, k, v):
-        """Add layer i's keys and values of the newest tokens, (B, K, 1, D); returns all of that layer's slots."""
+    def add(self, i, k, v):
+        """Put layer i's keys and values of this pass, (B, K, T, D), into their slots; returns all of that layer's filled ones."""
+        if i == len(self.layers):
+            self.layers.append(tuple(new.new_zeros(*new.shape[:2], self.slots, new.shape[3]) for new in (k, v)))
+        rows = torch.arange(len(k), device=k.device)[:, None]
         for slots, new in zip(self.layers[i], (k, v)):
-            slots[torch.arange(len(new)), :, self.last] = new[:, :, 0]
-        return self.layers[i]
+            slots[rows, :, self.positions] = new.transpose(1, 2)
+        return (slots[:, :, : self.filled] for slots in self.layers[i])
 
 
 def attend(q, k, v, mask):
@@ -246,10 +248,8 @@ class Attention(nn.Module):
         heads = lambda y: y.view(B, T, -1, self.config.head_dim).transpose(1, 2)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None and cache.last is not None:
-            k, v = cache.append(i, k, v)
-        elif cache is not None:
-            cache.prefill(k, v)
+        if cache is not None:
+            k, v = cache.add(i, k, v)
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -299,15 +299,14 @@ class Transformer(nn.Module):
 
         labels (B, T): -> (loss_sum fp32 scalar, n_tokens); labels[t] is predicted from ids[:t], -100 is not supervised.
         return_hidden: -> (L + 1, B, T, C), the residual stream after the embedding and after each block, before the final norm.
-        cache: -> the likeliest next ids, (n,) at the positions asked for, then (B,) after each row's newest token; used by `generate`.
-        return_hidden and cache: -> the ids, and the residual stream at the positions asked for alone, (L + 1, n, C).
+        cache: ids go on from what it holds -> the n likeliest next ids that it asks for; used by `generate`.
+        return_hidden and cache: -> those ids, and the residual stream at what predicts them alone, (L + 1, n, C).
         """
-        T, decoding = ids.shape[1], cache is not None and cache.last is not None
-        positions = cache.last[:, None] if decoding else torch.arange(T, device=ids.device)[None]  # (B, 1) or (1, T)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.positions
         x = self.model.embed_tokens(ids)
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = self._rope(positions, x.dtype)
-        mask = self._mask(positions, cache.slots if decoding else T, decoding)
+        mask = self._mask(positions, ids.shape[1] if cache is None else cache.filled)
         kept = lambda x: x if cache is None else x[cache.asked]
         hidden = [kept(x)] if return_hidden else []
         for i, layer in enumerate(self.model.layers):
@@ -326,7 +325,7 @@ class Transformer(nn.Module):
             logits = self._head(x[:, :-1][keep]).float()  # (supervised, V)
             return F.cross_entropy(logits, targets[keep], reduction="sum"), keep.sum()
         if cache is not None:
-            x = x[:, 0] if decoding else x[cache.asked]
+            x = x[cache.asked]
             choices = torch.cat([self._head(rows).argmax(-1) for rows in x.split(HEAD_ROWS)])
             return (choices, torch.stack(hidden)) if return_hidden else choices
         return self._head(x)
@@ -342,7 +341,7 @@ class Transformer(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def _mask(self, positions, slots, decoding):
+    def _mask(self, positions, slots):
         """Which slots a token sees, (1 or B, 1, T, slots) bool; None where plain causal attention is enough.
 
         Right padding needs no mask: no real token comes after it. With sliding_window 3:
@@ -354,18 +353,19 @@ class Transformer(nn.Module):
             token 4   . . x x x
         """
         window = self.config.sliding_window or slots
-        if not decoding and window >= slots:
+        if positions.shape[1] == slots <= window:
             return None
         behind = positions[:, None, :, None] - torch.arange(slots, device=positions.device)
         return (behind >= 0) & (behind < window)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, eos_id, drafts=None, stop=None, return_hidden=False):
+    def generate(self, prompts, max_new_tokens, eos_id, drafts=None, stop=None, shared=0, return_hidden=False):
         """Greedy continuation of prompts (lists of ids, any lengths): lists of new ids, without eos.
 
         eos_id may also be a set of ids, each of which ends an answer.
         drafts: a guess at each answer, lists of ids. They change nothing but the time: one pass over prompts and drafts tells up to
         where a draft is the greedy choice, and only from there is one token generated at a time.
+        shared: how many ids, fewer than any prompt has, all prompts begin with; they go through the model once. Only the time changes.
         stop(i, new ids): whether to give up the answer to prompts[i], of which these are the first ids.
         return_hidden: -> (the lists, the residual stream (L + 1, n, C) at what predicts each token of each draft and the one after it).
         Under torch.distributed every rank must call it equally often, because each forward is a collective;
@@ -375,16 +375,21 @@ class Transformer(nn.Module):
             return [[] for _ in prompts]
         device = self.model.embed_tokens.weight.device
         ends = {eos_id} if isinstance(eos_id, int) else eos_id
-        rows = prompts or [[0]]
+        rows = prompts or [[0] * (shared + 1)]
         drafts = [draft[: max_new_tokens - 1] for draft in drafts] if drafts else [[]] * len(rows)
         starts = [len(prompt) - 1 for prompt in rows]
         ids = torch.zeros(len(rows), max(len(prompt + draft) for prompt, draft in zip(rows, drafts)), dtype=torch.long)
         for i, (prompt, draft) in enumerate(zip(rows, drafts)):
             ids[i, : len(prompt + draft)] = torch.tensor(prompt + draft)
         # The end of a prompt predicts its draft's first token, and the end of the draft one more.
-        asked = [(i, starts[i] + k) for i, draft in enumerate(drafts) for k in range(len(draft) + 1)]
-        cache = Cache(max(starts) + 1 + max_new_tokens, tuple(torch.tensor(asked, device=device).T))
-        found = self(ids.to(device), return_hidden=return_hidden, cache=cache)
+        asked = [(i, starts[i] + k - shared) for i, draft in enumerate(drafts) for k in range(len(draft) + 1)]
+        ids, positions = ids.to(device), torch.arange(ids.shape[1], device=device)[None]
+        cache = Cache(max(starts) + 1 + max_new_tokens)
+        if shared:
+            self(ids[:1, :shared], cache=cache.next(positions[:, :shared], shared - 1, (slice(0), 0)))
+            cache.keep(torch.zeros(len(rows), dtype=torch.long, device=device))
+        cache.next(positions[:, shared:], ids.shape[1] - 1, tuple(torch.tensor(asked, device=device).T))
+        found = self(ids[:, shared:], return_hidden=return_hidden, cache=cache)
         choices, hidden = found if return_hidden else (found, None)
         choices = iter(choices.tolist())
         new = []
@@ -406,7 +411,8 @@ class Transformer(nn.Module):
                 kept = [k for k, i in enumerate(alive) if i in running] or [0]
                 cache.keep(torch.tensor(kept, device=device))
                 alive = [alive[k] for k in kept]
-            cache.last = torch.tensor([starts[i] + len(new[i]) for i in alive], device=device)
+            ends_at = [starts[i] + len(new[i]) for i in alive]
+            cache.next(torch.tensor(ends_at, device=device)[:, None], max(ends_at), (slice(None), 0))
             newest = torch.tensor([new[i][-1:] for i in alive], device=device)
             for i, choice in zip(alive, self(newest, cache=cache).tolist()):
                 if i in running:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, resolve, set_label, write_file
-from evaluate import fail, is_correct, is_wrong, known, leave, mix_label, model_name, questions, read_lineage, read_rows, setup_device, stage_facts
+from evaluate import common_start, fail, is_correct, is_wrong, known, leave, mix_label, model_name, questions, read_lineage, read_rows, setup_device, stage_facts
 from model import CheckpointError, Config, check_saved, load_model, load_weights, local, write_json
 from train import AdamW, asking, batch_loss, batches, build_sharded, keep_freed_memory, learning_rate, n_supervised
 
@@ -177,6 +177,7 @@ def read_layers(model, tokenizer, facts, first_token=False):
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prompts, drafts, most = questions(tokenizer, facts)
+    shared = common_start(prompts)
     answers = [draft[: 1 if first_token else -1] for draft in drafts]
     others = shuffled_answers(answers)
     owner = torch.tensor([i for i, answer in enumerate(answers) for _ in answer])
@@ -189,7 +190,7 @@ def read_layers(model, tokenizer, facts, first_token=False):
         group = by_length[rank::world][first : first + ASKED]
         # The same pass over prompts and answers tells what the model answers and what each layer holds on the way.
         stop = lambda k, ids: is_wrong(tokenizer.decode(ids), facts[group[k]]["response"])
-        new, hidden = model.generate([prompts[i] for i in group], most, tokenizer.eos_id, [drafts[i] for i in group], stop, return_hidden=True)
+        new, hidden = model.generate([prompts[i] for i in group], most, tokenizer.eos_id, [drafts[i] for i in group], stop, shared, return_hidden=True)
         for i, ids in zip(group, new):
             correct[i] = is_correct(tokenizer.decode(ids), facts[i]["response"])
         # hidden has a row for each token of each draft, eos included, and one for what follows it.

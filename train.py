@@ -42,7 +42,7 @@ LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
 STOP_HITS = 10  # consecutive steps below --stop-loss that end a stage
 WARMUP = 0.05  # share of all steps
 LARGE = 3e9  # parameters from which a GPU recomputes activations unless told otherwise
-MICRO_TOKENS = {"cuda": 8192, "cpu": 1536}  # of a micro-batch, unless told otherwise
+MICRO_TOKENS = {"cuda": 8192, "cpu": 768}  # of a micro-batch, unless told otherwise
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, for each weight
 
 
@@ -72,7 +72,7 @@ def parse_args():
     add("--epochs", type=int, default=20, help="most passes over the data")
     add("--stop-loss", type=float, help=f"end after {STOP_HITS} consecutive steps below this loss, 0 never (default: 1e-4, kvr 0)")
     add("--max-length", type=int, default=2048, help="tokens after which an example is cut")
-    add("--micro-tokens", type=int, help="most tokens of a micro-batch, padding included (default: 8192 on a GPU, 1536 on a CPU)")
+    add("--micro-tokens", type=int, help="most tokens of a micro-batch, padding included (default: 8192 on a GPU, 768 on a CPU)")
     add("--precision", choices=["bf16-mixed", "bf16", "fp32"], default="bf16-mixed", help="bf16-mixed keeps fp32 master weights")
     parser.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction,
                         help="keep each block's input alone and compute the rest again: a third slower, much less memory (default: on a GPU from 3 billion parameters)")  # fmt: skip

@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -121,30 +122,62 @@ def machine_flops(precision):
     return 2 * 2048**3 / min(seconds(lambda: a @ a)[0] for _ in range(5))
 
 
+class Worker:
+    """A side in a process of its own, so that neither shares the other's heap: takes the number of a batch, gives seconds and loss."""
+
+    def __init__(self, side, mix, args):
+        command = [sys.executable, __file__, "--side", side, "--what", mix, *rest(args)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self, k):
+        self.process.stdin.write(f"{k}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline().split()
+        if not answer:
+            sys.exit(f"bench.py: a process with {self.process.args} ended: out of memory? Take a smaller --batch")
+        return map(float, answer)
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def train_side(args):
+    encoded = encoded_mix(args.what, 200)
+    side = Ours(args) if args.side == "ours" else Theirs(args, max(len(ids) for ids, _ in encoded) if args.side == "release" else None)
+    for k in map(int, sys.stdin):
+        print(*seconds(lambda: side.step(encoded[k * args.batch : (k + 1) * args.batch])), flush=True)
+
+
 def bench_train(args):
     from model import Config
 
-    config, ours, theirs = Config.from_folder(MODEL), Ours(args), Theirs(args)
-    release = Theirs(args, pad_to=1)
+    config = Config.from_folder(MODEL)
     for mix in ("random", "pydoc"):
         encoded = encoded_mix(mix, 200)
-        release.pad_to = max(len(ids) for ids, _ in encoded)
-        against, wasteful, share, losses = [], [], [], []
-        for k in range(args.repeats + 1):
-            batch = encoded[k * args.batch : (k + 1) * args.batch]
-            own, loss = seconds(lambda: ours.step(batch))
-            peer, other = seconds(lambda: theirs.step(batch))
-            slow, _ = seconds(lambda: release.step(batch))
-            if k == 0:  # the first touch of memory
-                losses = [loss, other]
-                continue
-            against.append(peer / own)
-            wasteful.append(slow / own)
-            share.append(needed_flops(batch, config) / own / machine_flops(args.precision))
+        share, possible, losses = [], [], []
+
+        def turns(peer):
+            """How many times as long the other side takes, a ratio each turn; two at a time, as three do not fit into 24 GB."""
+            ratios, workers = [], [Worker("ours", mix, args), Worker(peer, mix, args)]
+            for k in range(args.repeats + 2):
+                (own, loss), (other, its) = (worker.step(k) for worker in workers)
+                limit = needed_flops(encoded[k * args.batch : (k + 1) * args.batch], config) / machine_flops(args.precision)
+                losses.extend([loss, its])
+                if k >= 2:  # after the first touch of memory
+                    ratios.append(other / own)
+                    share.append(limit / own)
+                    possible.append(other / limit) if peer == "theirs" else None
+            for worker in workers:
+                worker.end()
+            return ratios
+
+        against, wasteful = turns("theirs"), turns("release")
         note = f"batch {args.batch}, {args.precision}; losses of the first batch {losses[0]:.4f}, {losses[1]:.4f}"
         line(f"training step, {mix}", "transformers, sdpa", "3", against, note)
         line(f"training step, {mix}", "the release's way", "4", wasteful)
         line(f"training step, {mix}", "the machine's own matrix products", "0.6", share, "share of their FLOP/s, needed work only")
+        line("the same work at their speed", "transformers, sdpa", "", possible, "what no code could surpass here")
 
 
 def bench_memory(args):
@@ -158,11 +191,16 @@ def memory_side(args):
     side = Ours(args) if args.side == "ours" else Theirs(args)
     encoded = encoded_mix("random", 200)
     side.step(sorted(encoded, key=lambda pair: len(pair[0]))[:1])
+    print(peak(lambda: side.step(encoded[: args.batch]))[0])
+
+
+def peak(work):
+    """(GB by which this process's memory is larger at work's fullest moment than before it, what work returns)."""
     status = lambda key: int(next(row for row in open("/proc/self/status") if row.startswith(key)).split()[1]) / 1e6
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    side.step(encoded[: args.batch])
-    print(status("VmHWM") - before)
+    result = work()
+    return status("VmHWM") - before, result
 
 
 # ---------------------------------------------------------------- answers
@@ -174,7 +212,7 @@ def bench_evaluate(args):
     from transformers import AutoModelForCausalLM
 
     from data import encode_example, load_examples, load_tokenizer
-    from evaluate import predict, read_lineage, stage_facts
+    from evaluate import known, predict, read_lineage, stage_facts
     from model import load_model
 
     folder = args.checkpoint or str(MODEL)
@@ -198,14 +236,17 @@ def bench_evaluate(args):
                 answers.append(tokenizer.decode(row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row))
         return answers
 
-    ratios = []
+    ratios, verdicts = [], []
     for _ in range(args.repeats):
         own, ours = seconds(lambda: predict(model, tokenizer, facts))
+        verdict, _ = seconds(lambda: known(model, tokenizer, facts))
         other, theirs = seconds(generate)
         ratios.append(other / own)
+        verdicts.append(other / verdict)
     right = sum(fact["response"] == answer for fact, answer in zip(facts, ours))
     same = sum(a == b for a, b in zip(ours, theirs))
     line("exact match", f"transformers' generate, batch {GENERATED}", "5", ratios, f"{len(facts)} facts, {right} known; {same} answers are the same; {args.precision}")
+    line("exact match, without the rest of wrong answers", "the same", "5", verdicts, "as retention checks and probe.py ask")
 
 
 # ---------------------------------------------------------------- start, loading, tokens
@@ -255,33 +296,56 @@ def bench_tokenize(args):
     line(f"tokenizing {len(texts)} examples", "tokenizers, one thread", "1", ratios, "the same ids" if all(ids) else "NOT THE SAME IDS")
 
 
+def bench_build(args):
+    """Each generated set at the paper's sizes from nothing, and the overlap check of 2,000 facts with each mixing set; seconds, imports included."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = lambda *rest: seconds(lambda: subprocess.run([sys.executable, "data.py", "--out", folder, *rest], check=True, capture_output=True))[0]
+        print(f"| building kvr, bios, random (2,000, 2,000, 4,000 texts) and pydoc | | seconds | {data('kvr', 'bios', 'random', 'pydoc'):.1f} s | |")
+        for mix in ("random", "pydoc"):
+            print(f"| overlap of 2,000 facts of bios with {mix} | | seconds | {data('--overlap', 'bios', mix):.1f} s | |", flush=True)
+
+
+GROWTH = {"examples": (500, 2000, 8000), "layers": (5, 10, 20, 30), "tokens": (50, 200, 800, 3200)}  # of 2 texts with 10 layers, of 8 texts with 100
+
+
 def bench_growth(args):
-    """Seconds and peak memory of a step as length and layers grow, in ratios to the smallest; arithmetic beside it."""
+    """Time and memory as work grows, in ratios to the smallest, beside the arithmetic: preparing a stage's examples, and steps by layers and length."""
+    for what, points in GROWTH.items():
+        found = []
+        for point in points:
+            command = [sys.executable, __file__, "--side", "growth", "--what", what, "--point", str(point), "--repeats", str(args.repeats), *rest(args)]
+            found.append([float(x) for x in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-3:]])
+            time_, memory, work = ([f / first for f, first in zip(found[-1], found[0])])
+            print(f"| {point} {what} | | arithmetic {work:.1f} | time {time_:.1f}, memory {memory:.1f} | {found[-1][0]:.2f} s, {found[-1][1]:.3f} GB |", flush=True)
+
+
+def growth_side(args):
+    """Prints seconds, peak memory above that before in GB, and the arithmetic in any unit."""
     import torch
 
     import train
+    from data import encode_example, load_examples, load_tokenizer
     from evaluate import setup_device
     from model import Config, build_model
 
-    setup_device() if not torch.distributed.is_initialized() else None
+    setup_device()
     train.keep_freed_memory()
-    base = Config.from_folder(MODEL)
-
-    def measure(layers, length, rows=8):
-        config = Config.from_folder(MODEL)
-        config.num_hidden_layers = layers
-        model = build_model(config, torch.float32, "cpu")
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.02)
-        ids = torch.randint(0, base.vocab_size, (rows, length)).tolist()
-        batch = [(row, [-100] * (length // 2) + row[length // 2 :]) for row in ids]
-        times = [seconds(lambda: train.batch_loss(model, batch, train.MICRO_TOKENS["cpu"]))[0] for _ in range(args.repeats)]
-        return statistics.median(times[1:]), needed_flops(batch, config)
-
-    for name, points in (("layers", [(5, 100), (10, 100), (20, 100), (30, 100)]), ("length", [(10, 50), (10, 200), (10, 800)])):
-        found = [measure(*point) for point in points]
-        for (layers, length), (time_, flops) in zip(points, found):
-            print(f"| growth with {name}: {layers} layers, {length} tokens | | | {time_ / found[0][0]:.1f} times the first | arithmetic {flops / found[0][1]:.1f} times |")
+    if args.what == "examples":
+        tokenizer = load_tokenizer(MODEL)
+        with tempfile.TemporaryDirectory() as folder:  # built, read and encoded
+            work = lambda: [encode_example(tokenizer, example) for example in load_examples("random", args.point, folder)[0]]
+            memory, (time_, _) = peak(lambda: seconds(work))
+        return print(time_, memory, args.point)
+    config = Config.from_folder(MODEL)
+    config.num_hidden_layers, length, rows = (args.point, 100, 8) if args.what == "layers" else (10, args.point, 2)
+    model = build_model(config, torch.float32, "cpu")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+        p.grad = torch.zeros_like(p)
+    batch = [(row, [-100] * (length // 2) + row[length // 2 :]) for row in torch.randint(0, config.vocab_size, (rows, length)).tolist()]
+    times = []
+    memory, _ = peak(lambda: times.extend(seconds(lambda: train.batch_loss(model, batch, train.MICRO_TOKENS["cpu"]))[0] for _ in range(args.repeats)))
+    print(statistics.median(times[1:]), memory, needed_flops(batch, config))
 
 
 def rest(args):
@@ -299,11 +363,18 @@ if __name__ == "__main__":
     parser.add_argument("--precision", choices=["bf16-mixed", "fp32"], default="bf16-mixed" if amx else "fp32", help="fp32 unless the processor has AMX")
     parser.add_argument("--checkpoint", help="evaluate: a trained checkpoint whose first stage is asked")
     parser.add_argument("--texts", type=int, default=100_000, help="tokenize: how many")
-    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "theirs", "release", "growth"], help=argparse.SUPPRESS)
+    parser.add_argument("--what", help=argparse.SUPPRESS)
+    parser.add_argument("--point", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.side:
-        memory_side(args)
+        import torch
+
+        from evaluate import leave
+
+        (growth_side if args.side == "growth" else train_side if args.what else memory_side)(args)
+        torch.distributed.is_initialized() and leave()
     else:
         print("| part | against | goal | ratio: median (range) | |\n| --- | --- | --- | --- | --- |")
         for part in args.parts or PARTS:

@@ -139,6 +139,22 @@ def test_drafts_change_no_answer(name):
     assert len(passes) == 1
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_a_shared_start_changes_no_answer(name):
+    """Prompts that begin alike give the same answers and residuals however many of their first ids go through the model once."""
+    model, start = load(name), PROMPTS[-1][:7]
+    prompts = [start + prompt for prompt in PROMPTS]
+    plain = [plain_generate(model, prompt, 20) for prompt in prompts]
+    drafts = [row[:n] for row, n in zip(plain, (3, 0, 7, 20))]
+    _, expected = model.generate(prompts, 20, -1, drafts, return_hidden=True)
+    for shared in (1, 4, 7):
+        assert model.generate(prompts, 20, -1, shared=shared) == plain
+        new, hidden = model.generate(prompts, 20, -1, drafts, shared=shared, return_hidden=True)
+        assert new == plain
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+    assert model.generate([], 20, -1, shared=4) == []
+
+
 def test_stop_and_hidden():
     """An answer given up is the beginning of the whole one, the others stay whole; hidden is what a plain pass holds at the same places."""
     model = load("llama3")

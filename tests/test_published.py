@@ -483,7 +483,7 @@ class Oracle:
         self.tokenizer, self.known, self.asked = tokenizer, known, []
         self.model = type("", (), {"embed_tokens": type("", (), {"weight": torch.zeros(1)})})
 
-    def generate(self, prompts, max_new_tokens, ends, drafts=None, stop=None):
+    def generate(self, prompts, max_new_tokens, ends, drafts=None, stop=None, shared=0):
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
         self.asked += texts
         answers = [self.known.get(text.rpartition("Question: ")[2].partition("\n")[0], "no idea") for text in texts]
