@@ -47,18 +47,18 @@ demo() {
   demo_model
   choose_precision
   for seed in "${@:-0}"; do
-    local a="--stage 1 --model $smollm2 --data kvr --num-examples 48 --batch-size 24 --lr 3e-4 --seed $seed"
-    local b="--stage 2 --data bios --num-examples 32 --batch-size 32 --lr 1.5e-4 --epochs 16 --seed $seed"
+    local a="--stage 1 --model $smollm2 --data kvr --num-examples 48 --batch-size 16 --lr 2e-4 --seed $seed"
+    local b="--stage 2 --data bios --num-examples 32 --batch-size 16 --lr 1e-4 --epochs 16 --seed $seed"
     local runs=runs/demo/seed$seed
     run $runs/kvr $a --epochs 16
     run $runs/kvr+random $a --epochs 16 --mix random --mix-words 4
     run $runs/kvr-longer $a --epochs 48  # the control: as many steps as with the mix, but no mix
     # a check of what is left at each quarter of stage 2
-    run $runs/kvr/bios --model $runs/kvr $b --eval-every 4
-    run $runs/kvr+random/bios --model $runs/kvr+random $b --eval-every 4
-    run $runs/kvr-longer/bios --model $runs/kvr-longer $b --eval-every 4
-    run $runs/kvr/bios+pydoc --model $runs/kvr $b --eval-every 12 --mix pydoc --mix-words 4
-    run $runs/kvr+random/bios+pydoc --model $runs/kvr+random $b --eval-every 12 --mix pydoc --mix-words 4
+    run $runs/kvr/bios --model $runs/kvr $b --eval-every 8
+    run $runs/kvr+random/bios --model $runs/kvr+random $b --eval-every 8
+    run $runs/kvr-longer/bios --model $runs/kvr-longer $b --eval-every 8
+    run $runs/kvr/bios+pydoc --model $runs/kvr $b --eval-every 24 --mix pydoc --mix-words 4
+    run $runs/kvr+random/bios+pydoc --model $runs/kvr+random $b --eval-every 24 --mix pydoc --mix-words 4
   done
   "$python" "$code/evaluate.py" --tables runs/demo
 }
