@@ -95,7 +95,7 @@ def questions(tokenizer, examples):
     """(ids of each prompt, ids of each right answer with its eos, most tokens that a model's answer may have)."""
     prompts, answers = [], []
     for example in examples:
-        ids, labels = encode_example(tokenizer, example)
+        ids, labels = encode_example(tokenizer, example, sys.maxsize)  # training may have had another --max-length
         start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
         prompts.append(ids[:start])
         answers.append(ids[start:])
@@ -256,7 +256,7 @@ def split(path, model, tokenizer, name, n, n_shots, data, rank):
         answers += new
         if rank == 0:
             with open(part, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in new)
+                file.writelines(json.dumps(answer) + "\n" for answer in new)
         bar.update(len(chunk))
     bar.close()
 
@@ -277,9 +277,9 @@ def _answered(part, header):
     """Answers that an interrupted split with the same header left, the same on every rank; from here on part holds just those."""
     answers = []
     if dist.get_rank() == 0:
-        lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []
-        if lines and lines[0] == json.dumps(header) + "\n":
-            answers = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+        lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []  # what follows the last was cut by a kill
+        if lines and lines[0] == json.dumps(header):
+            answers = [json.loads(line) for line in lines[1:]]
         write_file(part, "".join(json.dumps(row) + "\n" for row in [header, *answers]))
     box = [answers]
     dist.broadcast_object_list(box)

@@ -754,7 +754,10 @@ def convert_gguf(source, out):
             return convert_gguf(file, out)
     if not source.is_file() or source.open("rb").read(4) != b"GGUF":
         raise CheckpointError(f"{source}: not a GGUF file")
-    reader = GGUFReader(source)
+    try:
+        reader = GGUFReader(source)
+    except Exception as error:  # whatever the reader stumbles over in damaged bytes
+        raise CheckpointError(f"{source}: truncated or damaged ({error}); get it again") from None
     field = lambda key, default=None: reader.fields[key].contents() if key in reader.fields else default
     if field("general.architecture") != "llama" or field("tokenizer.ggml.model") != "gpt2" or field("tokenizer.ggml.pre") != "smollm":
         raise CheckpointError(f"{source}: only Llama GGUF files with SmolLM's tokenizer are converted; use a Hugging Face folder")
@@ -784,8 +787,10 @@ def convert_gguf(source, out):
     model = build_model(Config.from_folder(out), torch.bfloat16, "cpu")
     params = dict(model.named_parameters())
     for name, tensor in tensors.items():
-        *block, part, _ = name.split(".")
-        ours = (f"model.layers.{block[1]}." if block else "") + GGUF_NAMES[part] + ".weight"
+        *block, part, _ = f".{name}".split(".")
+        if part not in GGUF_NAMES:
+            raise CheckpointError(f"{source}: tensor {name} is not one of a Llama model; use a Hugging Face folder")
+        ours = (f"model.layers.{block[-1]}." if block[-1] else "") + GGUF_NAMES[part] + ".weight"
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))  # fp32
         if part in ("attn_q", "attn_k"):
             # GGUF keeps each head's rotary pairs side by side (i, i + 1); Hugging Face half a head apart (i, i + D/2).
@@ -824,6 +829,6 @@ if __name__ == "__main__":
         sys.exit(2)
     try:
         convert_gguf(*sys.argv[1:])
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         print(f"model.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, CheckpointError) else 1)

@@ -607,3 +607,5 @@ if __name__ == "__main__":
         fail(error)
     except SaveError as error:
         fail(f"{error}; what was saved before is whole: make room, then go on with --resume", 1)
+    except OSError as error:  # a data folder that is full or may not be written
+        fail(error, 1)

@@ -1,5 +1,6 @@
 """probe.py against values worked out by hand, against plain loops, and as it is run."""
 
+import argparse
 import json
 import math
 import sys
@@ -11,7 +12,7 @@ from conftest import GOLDEN, run, tiny_llama
 
 import probe
 from data import DataError, encode_example, load_examples, load_tokenizer
-from evaluate import is_correct, known, predict, setup_device
+from evaluate import is_correct, known, predict, questions, read_lineage, setup_device
 from model import CheckpointError, Config, Transformer, load_model
 from train import n_supervised
 
@@ -118,6 +119,7 @@ def test_last_layer_is_the_model(smollm2_folder, dtype, tmp_path):
         rows = model(torch.tensor([ids]))[0].float().log_softmax(-1)
         expected += [rows[t - 1, ids[t]] for t in range(len(ids) - 1) if labels[t] != -100]
     torch.testing.assert_close(log_probs[-1].float(), torch.stack(expected), rtol=0, atol=1e-3 if dtype == torch.float32 else 0.2)
+    probe.read_layers(model, tokenizer, [fact | {"prompt": "Once more. " * 100 + fact["prompt"]} for fact in facts])  # long: another kernel, other roundings
     lens = probe.lens
     probe.lens = lambda model, hidden: lens(model, hidden * 2) * 1.05
     try:
@@ -151,6 +153,12 @@ def test_command(work):
     run(work, "probe.py", "one/two", "--precision", "fp32", ranks=2)
     both = read(work / "one/two/probe.kvr.json")
     assert both.pop("log_prob") == pytest.approx(alone.pop("log_prob"), abs=1e-5) and both == alone
+
+
+def test_long_questions():
+    """A question is asked whole, however long it is."""
+    prompts, answers, _ = questions(Numbers(), [{"prompt": "1 " * 3000, "response": "2 3"}])
+    assert prompts == [[0] + [1] * 3000] and answers == [[2, 3, 0]]
 
 
 # ---------------------------------------------------------------- interference meter
@@ -226,6 +234,28 @@ def test_transplant_of_all_and_none(work):
     again = read(work / "one/two/transplant.json")
     assert again["windows"].pop(4)["accuracy"] == 100 and again["windows"] == result["windows"][:4] + result["windows"][5:]
     assert (work / "one/two/model.safetensors").read_bytes() == before and not (work / "one/two/transplant.part").exists()
+
+
+def test_transplant_killed_twice(work, one_rank, monkeypatch):
+    """A transplant goes on after every kill, also one that cuts a line; windows that were asked are not asked again."""
+    monkeypatch.chdir(work)
+    args = argparse.Namespace(transplant="one", precision="fp32", grid=2, num_examples=None, data_dir="data")
+    asked, part = [], work / "one/two/transplant.part"
+
+    def killed(*rest):
+        if len(asked) in (3, 6):
+            asked.append("killed")
+            raise KeyboardInterrupt
+        asked.append("asked")
+        return known(*rest)
+
+    monkeypatch.setattr(probe, "known", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            probe.transplant(args, "one/two", read_lineage("one/two"), one_rank, 0)
+        part.write_text(part.read_text() + '{"first": 0, "la')
+    probe.transplant(args, "one/two", read_lineage("one/two"), one_rank, 0)
+    assert asked.count("asked") == 11 and asked.count("killed") == 2 and not part.exists()
 
 
 def test_recover_command(work):

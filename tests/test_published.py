@@ -486,7 +486,7 @@ class Oracle:
     def generate(self, prompts, max_new_tokens, ends, drafts=None, stop=None, shared=0):
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
         self.asked += texts
-        answers = [self.known.get(text.rpartition("Question: ")[2].partition("\n")[0], "no idea") for text in texts]
+        answers = [self.known.get(text.rpartition("Question: ")[2].partition("\n")[0], "no\u2028idea") for text in texts]
         return [self.tokenizer.encode(f" {answer}\n\nQuestion: and more")[:max_new_tokens] for answer in answers]
 
 
@@ -506,7 +506,7 @@ def test_split(tmp_path, llama3_folder, process_group, monkeypatch):
     build(str(source), tmp_path / "data")
     name = str(tmp_path / "data/mine.jsonl")
     monkeypatch.setattr(evaluate, "BATCH", 1)
-    oracle = Oracle(tokenizer, {f"Q{i}?": ("a" if i % 2 else "B") + f"{i}" for i in range(6)})
+    oracle = Oracle(tokenizer, {f"Q{i}?": ("a" if i % 2 else "B") + f"{i}" for i in range(4, 10)})
     interrupted = Oracle(tokenizer, oracle.known)
 
     def killed(prompts, *rest):
@@ -518,6 +518,8 @@ def test_split(tmp_path, llama3_folder, process_group, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate.split("models/base", interrupted, tokenizer, name, None, 2, tmp_path / "data", 0)
     assert not list((tmp_path / "data").glob("mine.*familiar*"))
+    with open(tmp_path / "data/mine.split.part", "a") as part:
+        part.write('"cut')
     evaluate.split("models/base", oracle, tokenizer, name, None, 2, tmp_path / "data", 0)
     kinds = {kind: rows(tmp_path / f"data/mine.{kind}.jsonl") for kind in ("familiar", "unfamiliar")}
     notes = manifest(tmp_path / "data/mine.familiar.jsonl")
@@ -525,7 +527,7 @@ def test_split(tmp_path, llama3_folder, process_group, monkeypatch):
     shots = {row["id"]: question(row) for row in rows(source.parent / "data/mine.jsonl") if row["id"] in notes["shots"]}
     asked = {question(row) for kind in kinds.values() for row in kind}
     assert len(shots) == 2 and asked == {f"Q{i}?" for i in range(10)} - set(shots.values())
-    assert {question(row) for row in kinds["familiar"]} == asked & {f"Q{i}?" for i in range(6)}
+    assert {question(row) for row in kinds["familiar"]} == asked & {f"Q{i}?" for i in range(4, 10)}
     assert notes["base_model"] == "base" and all(notes["predictions"][row["id"]].lower() in [row["response"], *row["aliases"]] for row in kinds["familiar"])
     assert len(interrupted.asked) + len(oracle.asked) == 8, "answers of the interrupted split were asked again"
     (first, _), last = [(row["prompt"], row["response"]) for row in rows(tmp_path / "data/mine.jsonl") if row["id"] == notes["shots"][0]][0], oracle.asked[-1]
