@@ -73,8 +73,9 @@ def write_file(path, text):
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # what Python raises on a full disk names nothing
         raise
 
 

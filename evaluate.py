@@ -241,7 +241,7 @@ def split(path, model, tokenizer, name, n, n_shots, data, rank):
             raise DataError(f"{file}: made with {read_rows(manifest)['base_model']}; remove it, or give another --data-dir")
 
     part = Path(data) / f"{base}.split.part"
-    answers = _answered(part, header)[: len(facts)]
+    answers = kept_rows(part, header)[: len(facts)]
     shown = "".join(f"{pool[i]['prompt']} {pool[i]['response']}\n\n" for i in shots)
     accepted = [[fact["response"], *fact.get("aliases", [])] for fact in facts]
     longest = max(len(tokenizer.encode(" " + answer)) for answers_ in accepted for answer in answers_)
@@ -273,15 +273,16 @@ def split(path, model, tokenizer, name, n, n_shots, data, rank):
         print(f"{base}: {model_name(path)} knows {counts['familiar']} of {len(facts)} facts -> {target['familiar']}, {target['unfamiliar']}")
 
 
-def _answered(part, header):
-    """Answers that an interrupted split with the same header left, the same on every rank; from here on part holds just those."""
-    answers = []
+def kept_rows(part, header):
+    """The JSON lines that interrupted work with the same header left in file part, the same on every rank; from here on part
+    holds the header and just those."""
+    rows = []
     if dist.get_rank() == 0:
         lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []  # what follows the last was cut by a kill
         if lines and lines[0] == json.dumps(header):
-            answers = [json.loads(line) for line in lines[1:]]
-        write_file(part, "".join(json.dumps(row) + "\n" for row in [header, *answers]))
-    box = [answers]
+            rows = [json.loads(line) for line in lines[1:]]
+        write_file(part, "".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    box = [rows]
     dist.broadcast_object_list(box)
     return box[0]
 

@@ -788,9 +788,9 @@ def convert_gguf(source, out):
     params = dict(model.named_parameters())
     for name, tensor in tensors.items():
         *block, part, _ = f".{name}".split(".")
-        if part not in GGUF_NAMES:
-            raise CheckpointError(f"{source}: tensor {name} is not one of a Llama model; use a Hugging Face folder")
-        ours = (f"model.layers.{block[-1]}." if block[-1] else "") + GGUF_NAMES[part] + ".weight"
+        ours = (f"model.layers.{block[-1]}." if block[-1] else "") + f"{GGUF_NAMES.get(part)}.weight"
+        if ours not in params:
+            raise CheckpointError(f"{source}: tensor {name} is not one of its Llama model's; use a Hugging Face folder")
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))  # fp32
         if part in ("attn_q", "attn_k"):
             # GGUF keeps each head's rotary pairs side by side (i, i + 1); Hugging Face half a head apart (i, i + D/2).

@@ -25,8 +25,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, resolve, set_label, write_file
-from evaluate import common_start, fail, is_correct, is_wrong, known, leave, mix_label, model_name, questions, read_lineage, read_rows, setup_device, stage_facts
+from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, resolve, set_label
+from evaluate import common_start, fail, is_correct, is_wrong, kept_rows, known, leave, mix_label, model_name, questions, read_lineage, read_rows, setup_device, stage_facts
 from model import CheckpointError, Config, check_saved, load_model, load_weights, local, write_json
 from train import AdamW, asking, batch_loss, batches, build_sharded, keep_freed_memory, learning_rate, n_supervised
 
@@ -470,12 +470,7 @@ def transplant(args, path, lineage, device, rank):
     parts = split_parts(model, args.grid)
     file, part = Path(path) / "transplant.json", Path(path) / "transplant.part"
     header = {"other": args.transplant, "precision": args.precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}
-    lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []
-    done = {(row["first"], row["last"]): row["correct"] for row in map(json.loads, lines[1:])} if lines and lines[0] == json.dumps(header) else {}
-    dist.barrier()
-    if rank == 0:  # without the line that a kill cut
-        rows = [{"first": first, "last": last, "correct": correct} for (first, last), correct in done.items()]
-        write_file(part, "".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    done = {(row["first"], row["last"]): row["correct"] for row in kept_rows(part, header)}
 
     windows = [(0, -1)] + [(first, last) for first in range(len(parts)) for last in range(first, len(parts))]
     bar = tqdm(total=len(windows), initial=len(done), desc="transplant", disable=rank > 0)

@@ -608,4 +608,4 @@ if __name__ == "__main__":
     except SaveError as error:
         fail(f"{error}; what was saved before is whole: make room, then go on with --resume", 1)
     except OSError as error:  # a data folder that is full or may not be written
-        fail(error, 1)
+        fail(f"{error}; make room, or name a folder that may be written with --data-dir or --out", 1)
