@@ -41,9 +41,9 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 from tqdm import tqdm
 
@@ -620,7 +620,7 @@ def walk(files, wanted, opened):
                         yield f"{path}/{member}", bounded(stream, f"{path}/{member}", UNPACKED_LIMIT)
         elif ARCHIVE.search(path.name):
             with intact(path):
-                archive = tarfile.open(path, "r|*")
+                archive = tarfile.open(path, "r|*")  # noqa: SIM115 (closed two lines on)
             with archive:
                 while True:
                     with intact(path):
@@ -813,7 +813,7 @@ def entityqa(files, words):
         start = len(os.path.commonprefix(asked)) if len(asked) > 1 else 0
         end = len(os.path.commonprefix([question[::-1] for question in asked])) if len(asked) > 1 else 0
 
-        def make(row, words):
+        def make(row, words, start=start, end=end):
             answers, asked = _listed(row.get("answers")), field(row, "question")
             if not answers or not answers[0].strip():
                 raise BadRow("no answer")
@@ -846,7 +846,7 @@ def lama(files, words):
         template = templates.get(row["predicate_id"])
         if template is None:
             raise DataError(f"{where}: no template for relation {row['predicate_id']}; put the authors' relations.jsonl beside TREx/")
-        yield where, _attempt(lambda row, words: cloze(template, field(row, "obj_label"), field(row, "sub_label")), row, words)
+        yield where, _attempt(lambda row, words, template=template: cloze(template, field(row, "obj_label"), field(row, "sub_label")), row, words)
 
 
 def _lama_sentence(row, words):

@@ -10,6 +10,7 @@ Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.
 """
 
 import gc
+import itertools
 import json
 import os
 import platform
@@ -27,8 +28,20 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (SETS, DataError, Parser, encode_example, flat_file, load_examples, load_pool, load_tokenizer, resolve, set_label, write_file,
-                  write_flat)  # fmt: skip
+from data import (
+    SETS,
+    DataError,
+    Parser,
+    encode_example,
+    flat_file,
+    load_examples,
+    load_pool,
+    load_tokenizer,
+    resolve,
+    set_label,
+    write_file,
+    write_flat,
+)
 from model import CheckpointError, load_model, weights_dtype
 
 BATCH = 128  # prompts that generate together
@@ -117,7 +130,7 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
     for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
         rows = mine[start : start + BATCH]
         guesses = drafts and [drafts[i] for i in rows]
-        stop = responses and (lambda k, ids: is_wrong(tokenizer.decode(ids), responses[rows[k]]))
+        stop = responses and (lambda k, ids, rows=rows: is_wrong(tokenizer.decode(ids), responses[rows[k]]))
         for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses, stop, shared)):
             new_ids[row, : len(ids)] = torch.tensor(ids, device=new_ids.device) + 1  # 0 means no token
     if world > 1:
@@ -159,7 +172,7 @@ def read_lineage(path):
     if not file.exists() and file.with_name("metrics.jsonl").exists():
         raise DataError(f"{path}: an unfinished run, without run.json; finish it with train.py --resume")
     lineage = read_rows(file) if file.exists() else []
-    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and LINEAGE_FIELDS <= entry.keys() for entry in lineage):
+    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and entry.keys() >= LINEAGE_FIELDS for entry in lineage):
         raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again")
     return lineage
 
@@ -629,7 +642,7 @@ def claims(model, grid):
                 there = [{b for key, b in side if key in grid} for side in sides]
                 sides = [[(key, b) for key, b in side if b in there[0] & there[1]] for side in sides]
             result = compare(grid, sides, asked)
-            tables_of = lambda row: "table4" if row.startswith("replay") else table
+            tables_of = lambda row, table=table: "table4" if row.startswith("replay") else table
             printed = [[cells[key] for row in rows_ for b in groups[group] if (key := (tables_of(row), a, row, b)) in cells] if table else []
                        for rows_, group in ((more, more_b), (less, less_b))]  # fmt: skip
             theirs = f"{statistics.mean(printed[0]) - statistics.mean(printed[1]):+.1f}" if all(printed) else ""
@@ -759,7 +772,7 @@ def figures(model, grid, folder):
         run, a = runs[min(runs)], key.partition("/")[0].partition("+")[0]
         if "/" in key and (file := run["folder"] / f"probe.{a}.json").exists():
             lens.setdefault(a, []).append((a, f"{mix_label(run['lineage'])}, after {run['lineage'][-1]['data']}", read_rows(file)))
-    for name, results in {"figure4": sum(lens.values(), []), **dict(zip(["figure11", "figure12"], lens.values()))}.items():
+    for name, results in {"figure4": list(itertools.chain(*lens.values())), **dict(zip(["figure11", "figure12"], lens.values()))}.items():
         if results:
             from probe import draw_figure4
 
@@ -772,9 +785,9 @@ def ledger(grid):
     """{"run", "id", "memorized", "lost"} of each first-stage fact of each chain: the first stage after which it was right, and the first
     after that at which it was wrong, from the predictions of each stage that has them; null where there is none."""
     for model in sorted(grid):
-        for key, runs in sorted(grid[model].items()):
+        for _, runs in sorted(grid[model].items()):
             for run in runs.values():
-                stages = [folder for folder in [*reversed(run["folder"].parents), run["folder"]]][-len(run["lineage"]) :]
+                stages = [*reversed(run["folder"].parents), run["folder"]][-len(run["lineage"]) :]
                 name = set_label(run["lineage"][0]["data"])
                 asked = {i: right_answers({"folder": s}, name) for i, s in enumerate(stages, 1) if (s / f"predictions.{name}.jsonl").exists()}
                 for fact in asked[max(asked)] if len(stages) > 1 and asked else []:

@@ -447,8 +447,8 @@ def together():
         yield
     except (ValueError, OSError) as caught:
         error = caught
-    for error in filter(None, from_all(error)):
-        raise error
+    for raised in filter(None, from_all(error)):
+        raise raised
 
 
 @contextlib.contextmanager
@@ -608,7 +608,7 @@ def _tensor_files(path):
         if not (path / file).is_file():
             raise CheckpointError(f"{path / file}: no such file; the folder needs its safetensors weights (PyTorch .bin files are not read)")
         with _open_shard(path / file) as shard:
-            where |= {name: path / file for name in shard.keys()}
+            where |= dict.fromkeys(shard.keys(), path / file)
     for name, file in weight_map.items():
         if where.get(name) != path / file:
             raise CheckpointError(f"{path / file}: no tensor {name}, which {index.name} expects there; copy the checkpoint again")
@@ -797,7 +797,7 @@ def convert_gguf(source, out):
             weight = weight.view(heads if part == "attn_q" else kv_heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
         params.pop(ours).data.copy_(weight)
     if params:
-        raise CheckpointError(f"{source}: no tensor for {sorted(params)[0]}")
+        raise CheckpointError(f"{source}: no tensor for {min(params)}")
     save_model(model, out)
 
     control = [{"id": i, "content": t, "special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}

@@ -26,7 +26,22 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, resolve, set_label
-from evaluate import common_start, fail, is_correct, is_wrong, kept_rows, known, leave, mix_label, model_name, questions, read_lineage, read_rows, setup_device, stage_facts
+from evaluate import (
+    common_start,
+    fail,
+    is_correct,
+    is_wrong,
+    kept_rows,
+    known,
+    leave,
+    mix_label,
+    model_name,
+    questions,
+    read_lineage,
+    read_rows,
+    setup_device,
+    stage_facts,
+)
 from model import CheckpointError, Config, check_saved, load_model, load_weights, local, write_json
 from train import AdamW, asking, batch_loss, batches, build_sharded, keep_freed_memory, learning_rate, n_supervised
 
@@ -189,7 +204,7 @@ def read_layers(model, tokenizer, facts, first_token=False):
     for first in tqdm(range(0, len(by_length[::world]), ASKED), desc="lens", disable=rank > 0):
         group = by_length[rank::world][first : first + ASKED]
         # The same pass over prompts and answers tells what the model answers and what each layer holds on the way.
-        stop = lambda k, ids: is_wrong(tokenizer.decode(ids), facts[group[k]]["response"])
+        stop = lambda k, ids, group=group: is_wrong(tokenizer.decode(ids), facts[group[k]]["response"])
         new, hidden = model.generate([prompts[i] for i in group], most, tokenizer.eos_id, [drafts[i] for i in group], stop, shared, return_hidden=True)
         for i, ids in zip(group, new):
             correct[i] = is_correct(tokenizer.decode(ids), facts[i]["response"])

@@ -32,11 +32,51 @@ from safetensors import safe_open
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-from data import (DEFAULT_WORDS, SETS, DataError, Parser, copy_tokenizer, encode_example, epoch_order, load_examples, load_tokenizer,
-                  micro_batches, set_label, write_file)  # fmt: skip
-from evaluate import check_vocabulary, familiarity, fail, known, leave, model_name, read_lineage, setup_device, stage_facts
-from model import (MANIFEST, CheckpointError, Config, SaveError, build_model, from_all, load_weights, local, local_rows, naming, rows_of,
-                   save_model, together, verify, weights_dtype, whole, write_json, write_tensors)  # fmt: skip
+from data import (
+    DEFAULT_WORDS,
+    SETS,
+    DataError,
+    Parser,
+    copy_tokenizer,
+    encode_example,
+    epoch_order,
+    load_examples,
+    load_tokenizer,
+    micro_batches,
+    set_label,
+    write_file,
+)
+from evaluate import (
+    check_vocabulary,
+    fail,
+    familiarity,
+    known,
+    leave,
+    model_name,
+    read_lineage,
+    setup_device,
+    stage_facts,
+)
+from model import (
+    MANIFEST,
+    CheckpointError,
+    Config,
+    SaveError,
+    build_model,
+    from_all,
+    load_weights,
+    local,
+    local_rows,
+    naming,
+    rows_of,
+    save_model,
+    together,
+    verify,
+    weights_dtype,
+    whole,
+    write_json,
+    write_tensors,
+)
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
 STOP_HITS = 10  # consecutive steps below --stop-loss that end a stage
@@ -176,7 +216,8 @@ def build_sharded(args, config, device):
     for block in model.model.layers if args.compile else []:
         block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
     if world > 1:
-        from torch.distributed.device_mesh import init_device_mesh  # a second of a start that a rank alone need not wait for
+        # A second of a start that a rank alone need not wait for.
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         # cast_forward_inputs would round the cosines and sines of the positions.
@@ -278,7 +319,7 @@ def claim(out, resume):
     """Make folder out this process's own: (its metrics.jsonl, the newest state in it or None). A DataError where it is not to be had."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+        log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open, and so locked, as long as the run)
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however this process ends
     except OSError as error:
         busy = isinstance(error, BlockingIOError)
@@ -374,7 +415,9 @@ def plan(args, config, lineage, tokenizer):
     model = build_model(config, torch.float32)
     n_params = sum(param.numel() for param in model.parameters())
 
-    def need(ranks=ranks, precision=args.precision, recomputed=recompute(args, n_params, "cuda" if gpu else "cpu")):
+    recomputes = recompute(args, n_params, "cuda" if gpu else "cpu")
+
+    def need(ranks=ranks, precision=args.precision, recomputed=recomputes):
         micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if gpu else "cpu"]
         groups = [group for _, batch in batches(len(encoded), args.batch_size, 1, args.seed)
                   for group in micro_batches({i: lengths[i] for i in batch}, micro_tokens, ranks)]  # fmt: skip
@@ -549,7 +592,8 @@ def main():
 
     bar = tqdm(total=total, initial=step, desc=f"stage {args.stage}", unit="step", disable=rank > 0)
     stopped_by = "epochs"
-    for step, (epoch, batch) in itertools.islice(enumerate(batches(len(encoded), args.batch_size, args.epochs, args.seed), 1), step, None):
+    steps = enumerate(batches(len(encoded), args.batch_size, args.epochs, args.seed), 1)
+    for step, (epoch, batch) in itertools.islice(steps, step, None):  # noqa: B020 (from the step before on)
         began = time.perf_counter()
         loss = batch_loss(model, [encoded[i] for i in batch], micro_tokens)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()

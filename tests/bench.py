@@ -8,6 +8,7 @@ their median and range. The work: SmolLM2-135M-Instruct (bash run_all.sh --demo-
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -232,8 +233,7 @@ def bench_evaluate(args):
             ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
             out = peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0)
-            for row in out[:, width:].tolist():
-                answers.append(tokenizer.decode(row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row))
+            answers += [tokenizer.decode(list(itertools.takewhile(lambda token: token != tokenizer.eos_id, row))) for row in out[:, width:].tolist()]
         return answers
 
     ratios, verdicts = [], []

@@ -50,7 +50,7 @@ def start(folder, python, *options, log="log", **environ):
     """run_all.sh --tiny in a folder, a process group of its own."""
     env = os.environ | {"HERE": "yes", "PYTHON": str(python)} | environ
     with open(folder / log, "a") as output:
-        return subprocess.Popen(["bash", ROOT / "run_all.sh", "--tiny", *options], cwd=folder, env=env, stdout=output, stderr=output, preexec_fn=own_group)
+        return subprocess.Popen(["bash", ROOT / "run_all.sh", "--tiny", *options], cwd=folder, env=env, stdout=output, stderr=output, preexec_fn=own_group)  # noqa: PLW1509
 
 
 def planned(folder):

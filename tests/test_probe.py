@@ -16,6 +16,7 @@ from evaluate import is_correct, known, predict, questions, read_lineage, setup_
 from model import CheckpointError, Config, Transformer, load_model
 from train import n_supervised
 
+
 def read(file):
     return json.loads(file.read_text())
 

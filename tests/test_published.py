@@ -230,8 +230,7 @@ def test_a_long_file_is_read_no_further_than_needed(tmp_path):
     """Of a streamed corpus only what the asked documents take is read; a longer mix later reads on from the same beginning."""
     (tmp_path / "raw/k-pile").mkdir(parents=True)
     with open(tmp_path / "raw/k-pile/part.jsonl", "w") as file:
-        for i in range(20_000):
-            file.write(json.dumps({"content": f"{i} " + "lorem ipsum dolor " * 60}) + "\n")
+        file.writelines(json.dumps({"content": f"{i} " + "lorem ipsum dolor " * 60}) + "\n" for i in range(20_000))
         file.write("not JSON\n")
     (path,) = build("k-pile", tmp_path / "data", 100, raw=tmp_path / "raw")
     (source,) = manifest(path)["sources"].values()
@@ -334,7 +333,7 @@ def test_damaged_parquet_and_json(tmp_path):
 
 # ---------------------------------------------------------------- downloads
 
-CONTENT = (RAW / "popqa/test.tsv").read_bytes() + b"7\t" + b"x\t" * 14 + 'Who is {}?\t"[""y""]"\n'.encode()
+CONTENT = (RAW / "popqa/test.tsv").read_bytes() + b"7\t" + b"x\t" * 14 + b'Who is {}?\t"[""y""]"\n'
 
 
 @pytest.fixture
@@ -530,7 +529,8 @@ def test_split(tmp_path, llama3_folder, process_group, monkeypatch):
     assert {question(row) for row in kinds["familiar"]} == asked & {f"Q{i}?" for i in range(4, 10)}
     assert notes["base_model"] == "base" and all(notes["predictions"][row["id"]].lower() in [row["response"], *row["aliases"]] for row in kinds["familiar"])
     assert len(interrupted.asked) + len(oracle.asked) == 8, "answers of the interrupted split were asked again"
-    (first, _), last = [(row["prompt"], row["response"]) for row in rows(tmp_path / "data/mine.jsonl") if row["id"] == notes["shots"][0]][0], oracle.asked[-1]
+    first = next(row["prompt"] for row in rows(tmp_path / "data/mine.jsonl") if row["id"] == notes["shots"][0])
+    last = oracle.asked[-1]
     assert last.startswith(f"{first} a{first[11]}\n\n") and last.endswith("\nThe answer is:") and last.count("Question:") == 3
 
 

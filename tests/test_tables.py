@@ -80,7 +80,7 @@ def test_bootstrap():
     assert -0.12 < low < -0.07 and 0.07 < high < 0.12  # 1.96 / sqrt(400) = 0.098
 
 
-def test_plan(work):  # noqa: F811
+def test_plan(work):
     """The plan names every cell: table 2's 3 x 9 x 6 x 3 besides its stage 1 runs and controls."""
     lines = subprocess.run(["bash", ROOT / "run_all.sh", "--dry-run"], cwd=work, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True).stdout
     counts = {line.split()[0]: int(line.split()[1]) for line in lines.split("\n") if line.startswith(("table", "figure"))}
