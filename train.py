@@ -207,15 +207,16 @@ class AdamW:
             param.grad = None
 
 
-def build_sharded(args, config, device):
-    """The model with room for this rank's share of its weights, and its optimizer."""
+def build_sharded(args, config, device, shard=None):
+    """The model with room for this rank's share of its weights, and its optimizer; shard: whether by FSDP, as with several ranks it always is."""
     world = dist.get_world_size()
-    model = build_model(config, torch.bfloat16 if args.precision == "bf16" else torch.float32, "meta" if world > 1 else device)
+    shard = world > 1 if shard is None else shard
+    model = build_model(config, torch.bfloat16 if args.precision == "bf16" else torch.float32, "meta" if shard else device)
     model.checkpoint_activations = recompute(args, sum(param.numel() for param in model.parameters()), device.type)
     half = torch.bfloat16 if args.precision == "bf16-mixed" else None
     for block in model.model.layers if args.compile else []:
         block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
-    if world > 1:
+    if shard:
         # A second of a start that a rank alone need not wait for.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -37,30 +37,39 @@ def seconds(work):
 # ---------------------------------------------------------------- the two sides of a training step
 
 
+def synchronize(device):
+    """Wait until a GPU has done what it was given."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Ours:
-    def __init__(self, args):
+    """train.py's step; its process group is set up before."""
+
+    def __init__(self, precision, device="cpu", compiled=False):
         import torch
 
         import train
-        from evaluate import setup_device
         from model import Config, load_weights
 
-        device, _, _ = setup_device() if not torch.distributed.is_initialized() else (torch.device("cpu"), 0, 1)
-        train.keep_freed_memory()
-        settings = argparse.Namespace(precision=args.precision, checkpoint_activations=None, compile=False)
-        self.model, self.optimizer = train.build_sharded(settings, Config.from_folder(MODEL), device)
+        self.device, self.micro_tokens = torch.device(device), train.MICRO_TOKENS[torch.device(device).type]
+        settings = argparse.Namespace(precision=precision, checkpoint_activations=None, compile=compiled)
+        self.model, self.optimizer = train.build_sharded(settings, Config.from_folder(MODEL), self.device)
         load_weights(self.model, MODEL)
 
-    def step(self, batch):
+    def step(self, batch, micro_tokens=None):
         """As train.py's: loss, clipping, AdamW."""
         import torch
 
         import train
 
-        loss = train.batch_loss(self.model, batch, train.MICRO_TOKENS["cpu"])
+        loss = train.batch_loss(self.model, batch, micro_tokens or self.micro_tokens)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        synchronize(self.device)
         return loss
 
 
@@ -68,13 +77,13 @@ class Theirs:
     """transformers as a good user writes it: sdpa, autocast, padded to the batch's longest. release: the paper's own release's way,
     eager attention and padding to the longest example of the data set (which it also trains on; that is left out here)."""
 
-    def __init__(self, args, pad_to=None):
+    def __init__(self, precision, device="cpu", pad_to=None):
         import torch
         from transformers import AutoModelForCausalLM
 
-        self.pad_to, self.bf16 = pad_to, args.precision != "fp32"
+        self.device, self.pad_to, self.bf16 = torch.device(device), pad_to, precision != "fp32"
         attention = "eager" if pad_to else "sdpa"
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation=attention)
+        self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation=attention).to(device)
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -82,24 +91,25 @@ class Theirs:
         import torch
 
         longest = self.pad_to or max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
-        labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in batch])
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch], device=self.device)
+        labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in batch], device=self.device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch], device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        synchronize(self.device)
         return loss.item()
 
 
-def encoded_mix(mix, n=2000):
+def encoded_mix(mix, n=2000, data="data"):
     """KVR with mix 1:2 in train.py's order of the first epoch: [(ids, labels), ...]."""
     from data import encode_example, epoch_order, load_examples, load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
-    examples = load_examples("kvr", n, "data")[0] + load_examples(mix, 2 * n, "data", 50)[0]
+    examples = load_examples("kvr", n, data)[0] + load_examples(mix, 2 * n, data, 50)[0]
     return [encode_example(tokenizer, examples[i]) for i in epoch_order(len(examples), 0, 0)]
 
 
@@ -115,12 +125,14 @@ def needed_flops(batch, config):
     return 3 * total
 
 
-def machine_flops(precision):
+def machine_flops(precision, device="cpu"):
     """Operations a second of a large matrix product."""
     import torch
 
-    a = torch.randn(2048, 2048, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
-    return 2 * 2048**3 / min(seconds(lambda: a @ a)[0] for _ in range(5))
+    size = 2048 if device == "cpu" else 8192
+    a = torch.randn(size, size, dtype=torch.float32 if precision == "fp32" else torch.bfloat16, device=device)
+    product = lambda: (a @ a, synchronize(device))
+    return 2 * size**3 / min(seconds(product)[0] for _ in range(5))
 
 
 class Worker:
@@ -143,9 +155,21 @@ class Worker:
         self.process.wait()
 
 
+def this_side(args, pad_to=None):
+    """The side that this process is to be."""
+    import train
+    from evaluate import setup_device
+
+    if args.side != "ours":
+        return Theirs(args.precision, pad_to=pad_to)
+    setup_device()
+    train.keep_freed_memory()
+    return Ours(args.precision)
+
+
 def train_side(args):
     encoded = encoded_mix(args.what, 200)
-    side = Ours(args) if args.side == "ours" else Theirs(args, max(len(ids) for ids, _ in encoded) if args.side == "release" else None)
+    side = this_side(args, max(len(ids) for ids, _ in encoded) if args.side == "release" else None)
     for k in map(int, sys.stdin):
         print(*seconds(lambda: side.step(encoded[k * args.batch : (k + 1) * args.batch])), flush=True)
 
@@ -189,7 +213,7 @@ def bench_memory(args):
 
 
 def memory_side(args):
-    side = Ours(args) if args.side == "ours" else Theirs(args)
+    side = this_side(args)
     encoded = encoded_mix("random", 200)
     side.step(sorted(encoded, key=lambda pair: len(pair[0]))[:1])
     print(peak(lambda: side.step(encoded[: args.batch]))[0])
@@ -207,12 +231,31 @@ def peak(work):
 # ---------------------------------------------------------------- answers
 
 
+def generate(peer, tokenizer, facts, rows):
+    """Greedy answers of a transformers model to facts, so many rows at a time, padded on the left."""
+    import torch
+
+    from data import encode_example
+
+    answers = []
+    encoded = [encode_example(tokenizer, fact) for fact in facts]
+    longest = max(sum(label != -100 for label in labels) for _, labels in encoded) + 4
+    for k in range(0, len(encoded), rows):
+        prompts = [[token for token, label in zip(ids, labels) if label == -100] for ids, labels in encoded[k : k + rows]]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=peer.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=peer.device)
+        out = peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0)
+        answers += [tokenizer.decode(list(itertools.takewhile(lambda token: token != tokenizer.eos_id, row))) for row in out[:, width:].tolist()]
+    return answers
+
+
 def bench_evaluate(args):
     """Exact match of KVR facts that the model knows and of facts that it does not, in one set, on a checkpoint that --checkpoint names."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from data import encode_example, load_examples, load_tokenizer
+    from data import load_examples, load_tokenizer
     from evaluate import known, predict, read_lineage, stage_facts
     from model import load_model
 
@@ -223,24 +266,11 @@ def bench_evaluate(args):
     lineage = read_lineage(folder)
     facts = stage_facts(lineage[0], "data") if lineage else load_examples("kvr", 40, "data")[0]
 
-    def generate():
-        answers = []
-        encoded = [encode_example(tokenizer, fact) for fact in facts]
-        longest = max(sum(label != -100 for label in labels) for _, labels in encoded) + 4
-        for k in range(0, len(encoded), GENERATED):
-            prompts = [[token for token, label in zip(ids, labels) if label == -100] for ids, labels in encoded[k : k + GENERATED]]
-            width = max(map(len, prompts))
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-            out = peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0)
-            answers += [tokenizer.decode(list(itertools.takewhile(lambda token: token != tokenizer.eos_id, row))) for row in out[:, width:].tolist()]
-        return answers
-
     ratios, verdicts = [], []
     for _ in range(args.repeats):
         own, ours = seconds(lambda: predict(model, tokenizer, facts))
         verdict, _ = seconds(lambda: known(model, tokenizer, facts))
-        other, theirs = seconds(generate)
+        other, theirs = seconds(lambda: generate(peer, tokenizer, facts, GENERATED))
         ratios.append(other / own)
         verdicts.append(other / verdict)
     right = sum(fact["response"] == answer for fact, answer in zip(facts, ours))

@@ -99,7 +99,7 @@ def plain_generate(model, prompt, n):
     """Greedy continuation without a cache: the whole text again for each new token."""
     ids = list(prompt)
     for _ in range(n):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        ids.append(model(torch.tensor([ids], device=model.model.embed_tokens.weight.device))[0, -1].argmax().item())
     return ids[len(prompt) :]
 
 
