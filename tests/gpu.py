@@ -46,6 +46,7 @@ from bench import synchronize
 from conftest import GOLDEN, LLAMA_MODELS, fetch_member, tiny_llama
 from safetensors.torch import load_file
 from test_model import PROMPTS, TINY, plain_generate
+from test_train import COMMON, plain_loop
 
 import train
 from data import build, load_examples, load_tokenizer, micro_batches
@@ -133,11 +134,14 @@ class Part:
         return Runs(self)
 
     @functools.cached_property
+    def tiny(self):
+        """The folder of a tiny model, some of whose tensors have rows that two ranks cannot share evenly."""
+        return tiny_llama(self.folder / "models/tiny", vocab_size=515, intermediate_size=67)
+
+    @property
     def base(self):
         """The folder of the model that this part's runs start from."""
-        if self.sizes.base == "SmolLM2":
-            return SMOLLM2
-        return tiny_llama(self.folder / "models/tiny")
+        return SMOLLM2 if self.sizes.base == "SmolLM2" else self.tiny
 
     def start(self, *command, ranks=1):
         """A script of this project as a process, in the scratch folder; its output goes to gpu.log."""
@@ -417,6 +421,7 @@ class Runs:
         shared = pool.submit(what_can_share, part) if part.device == "cuda" else None
         share = lambda: [shared.result()] if shared else []
         jobs = {
+            "by hand": lambda: part.train("by-hand", *COMMON),
             "reference": lambda: part.train("reference", *json.loads((KIT / "reference.json").read_text())["options"], model=SMOLLM2),
             "one": lambda: part.train("one", *equal),
             "resumed": lambda: part.stop_and_resume("resumed", *equal),
@@ -427,7 +432,7 @@ class Runs:
             "half, two": lambda: part.train("half-two", *half, ranks=2, changes=share()),
             "learned": lambda: part.train("learned", *part.sizes.learn.split()),
         }
-        part.base  # noqa: B018 (made before the jobs begin)
+        part.tiny  # noqa: B018 (made before the jobs begin)
         self.jobs = {name: pool.submit(job) for name, job in jobs.items()} | {"shared": shared}
 
     def __getitem__(self, name):
@@ -441,6 +446,17 @@ def what_can_share(part):
         nccl.wait(min(40, part.left()))
     end(nccl)
     return "nccl" if nccl.returncode == 0 else "gloo"
+
+
+def steps_by_hand(part):
+    """a tiny model, fp32, train.py's three steps beside a loop written out on the CPU: losses at most 1e-5 away"""
+    folder = part.runs["by hand"]
+    (part.folder / "data").symlink_to(KIT / "data")
+    losses, weights = plain_loop(part.folder)
+    found, trained = torch.tensor([loss for loss, _ in logged(folder)]), load_file(folder / "model.safetensors")
+    away = error(found, torch.tensor(losses)) if len(found) == len(losses) else math.inf
+    moved = max(error(trained[name], weight) for name, weight in weights.items())
+    yield steps_by_hand.__doc__, f"losses {away:.1e}, weights {moved:.1e} away over {len(found)} steps", away < 1e-5 and moved < 1e-2
 
 
 def reference_steps(part):
@@ -866,7 +882,7 @@ def unpack(folder):
 
 PARTS = {
     "correct": [golden_logits, golden_fp32, golden_bf16, edges, golden_generation, smollm2_generation,
-                smollm2_logits, reference_steps,
+                smollm2_logits, steps_by_hand, reference_steps,
                 equal("one rank: SIGTERM and --resume against the unbroken run, losses at most 1e-5 away", "resumed"),
                 equal("FSDP forced on one rank against none: losses at most 1e-5 away (hooks and DTensors; no gathers)", "sharded"),
                 equal("two ranks against one: losses at most 1e-5 away, the saved folder loads", "two"),
