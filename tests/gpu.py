@@ -5,7 +5,9 @@ fast is it, and what comes out of the paper's setting at its true size. By hand,
     python tests/gpu.py --unpack .cache/pack      # on the machine with the GPU, without network: assembles them
     python tests/gpu.py --device cpu              # the rehearsal: every part at small sizes
     python tests/gpu.py                           # all parts: correct, plan, speed, science
-    python tests/gpu.py speed science --out gpu   # some of them; --seconds N ends each after N seconds with what it has
+    python tests/gpu.py speed science --out gpu   # some of them, one by one if you like: the table in --out takes them all up
+
+Each part ends with what it has after its time, 2, 2, 3 and 5 minutes or --seconds.
 
 A line a check as it ends: PASS, FAIL, "-" for a figure without a goal, or "not run". The folder --out (.cache/gpu/results) gets
 each line at once (gpu.jsonl), the table (gpu.md) and what the started commands printed (gpu.log). Status 0 if nothing failed and
@@ -522,9 +524,11 @@ def memory_plan(part):
         dry_run = [sys.executable, ROOT / "train.py", "--stage", "1", "--mix", "random", "--model", folder, "--data-dir", KIT / "data", option,
                    "--dry-run", str(PLAN_RANKS)]  # fmt: skip
         # Status 2 says that disk or memory do not suffice; the figures are there all the same.
-        said = subprocess.run(list(map(str, dry_run)), cwd=part.folder, capture_output=True, text=True, timeout=max(1, part.left())).stdout
-        planned = float(re.search(r"^memory a \w+: ([0-9.]+) GB", said, re.MULTILINE)[1])
-        libraries = float(re.search(r"libraries ([0-9.]+)", said)[1])
+        said = subprocess.run(list(map(str, dry_run)), cwd=part.folder, capture_output=True, text=True, timeout=max(1, part.left()))
+        memory = re.search(r"^memory a \w+: ([0-9.]+) GB .*libraries ([0-9.]+)", said.stdout, re.MULTILINE)
+        if not memory:
+            raise RuntimeError(f"train.py --dry-run: {said.stderr.strip()}")
+        planned, libraries = map(float, memory.groups())
         answer = part.folder / "step.json"
         part.run(TESTS / "gpu.py", "as-rank-of-8", answer, part.device, folder, option, part.sizes.shapes)
         found = json.loads(answer.read_text())
@@ -645,6 +649,7 @@ def profile(device, work, steps):
 
 def new_shapes(model, device, n):
     """{cuDNN attention on or off: ms that the first pass over a new length takes longer than the second, the mean of n lengths}."""
+
     def ms(length):
         ids = torch.randint(model.config.vocab_size, (4, length), device=device)
         labels = ids.clone()
