@@ -190,6 +190,8 @@ class Part:
         if not list(folder.glob("state-*")) or (folder / "run.json").exists():
             raise RuntimeError("SIGTERM left no state to go on from; see gpu.log")
         stopped = len(logged(folder))
+        with open(folder / "metrics.jsonl", "a") as log:  # as if a kill had come some steps after the save
+            log.write('{"step": 99, "loss": 0.0, "grad_norm": 0.0}\n')
         self.run(*self.training(out, *options, **others), "--resume")
         return folder, stopped
 
