@@ -17,14 +17,14 @@ def metrics(folder):
     return [json.loads(line) for line in open(folder / "metrics.jsonl")]
 
 
-COMMON = ["--stage", 1, "--model", "models/tiny", "--num-examples", 7, "--mix", "random", "--mix-ratio", 1, "--mix-words", 4,
+COMMON = ["--stage", 1, "--model", "models/tiny", "--num-examples", 7, "--mix", "random", "--mix-ratio", 1, "--mix-words", 3,
           "--batch-size", 5, "--epochs", 1, "--lr", 1e-3, "--precision", "fp32"]  # fmt: skip
 
 
 def plain_loop(work):
     """Losses and weights after the three steps that COMMON asks for: one example at a time, no padding, AdamW by hand."""
     model = load_model(work / "models/tiny", torch.float32)
-    examples = load_examples("kvr", 7, work / "data")[0] + load_examples("random", 7, work / "data", 4)[0]
+    examples = load_examples("kvr", 7, work / "data")[0] + load_examples("random", 7, work / "data", 3)[0]
     params = list(model.parameters())
     first, second = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
     losses, order = [], epoch_order(14, 0, 0)
@@ -68,7 +68,7 @@ def test_three_steps_equal_the_plain_loop(work, name, ranks, options):
     assert trained.keys() == weights.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(trained[key], weight, rtol=0, atol=1e-5)
-    tokens = [sum(len(encode_example(load_tokenizer(out), e)[0]) for e in s) for s in (load_examples("kvr", 7, work / "data")[0], load_examples("random", 7, work / "data", 4)[0])]
+    tokens = [sum(len(encode_example(load_tokenizer(out), e)[0]) for e in s) for s in (load_examples("kvr", 7, work / "data")[0], load_examples("random", 7, work / "data", 3)[0])]
     assert sum(row["tokens"] for row in metrics(out)) == sum(tokens)
     (entry,) = json.loads((out / "run.json").read_text())
     assert (entry["num_examples"], entry["num_mix"], entry["steps"], entry["stopped_by"]) == (7, 7, 3, "epochs")
