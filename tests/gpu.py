@@ -433,18 +433,18 @@ class Runs:
     """The runs that correct compares, several at a time: a job of each name is begun at once, and asking for one waits for it."""
 
     def __init__(self, part):
-        equal, half = [*part.sizes.equal.split(), "--precision", "fp32"], [*part.sizes.equal.split(), "--precision", "bf16-mixed"]
+        exact, half = [*part.sizes.equal.split(), "--precision", "fp32"], [*part.sizes.equal.split(), "--precision", "bf16-mixed"]
         pool = ThreadPoolExecutor(5 if part.device == "cuda" else 2)
         shared = pool.submit(what_can_share, part)
         share = lambda: [shared.result()]
         jobs = {
             "by hand": lambda: part.train("by-hand", *COMMON),
             "reference": lambda: part.train("reference", *json.loads((KIT / "reference.json").read_text())["options"], model=SMOLLM2),
-            "one": lambda: part.train("one", *equal),
-            "resumed": lambda: part.stop_and_resume("resumed", *equal),
-            "sharded": lambda: part.train("sharded", *equal, changes=["sharded"]),
-            "two": lambda: part.train("two", *equal, ranks=2, changes=share()),
-            "two, then one": lambda: part.stop_and_resume("two-then-one", *equal, ranks=2, changes=share()),
+            "one": lambda: part.train("one", *exact),
+            "resumed": lambda: part.stop_and_resume("resumed", *exact),
+            "sharded": lambda: part.train("sharded", *exact, changes=["sharded"]),
+            "two": lambda: part.train("two", *exact, ranks=2, changes=share()),
+            "two, then one": lambda: part.stop_and_resume("two-then-one", *exact, ranks=2, changes=share()),
             "half": lambda: part.train("half", *half),
             "half, two": lambda: part.train("half-two", *half, ranks=2, changes=share()),
             "learned": lambda: part.train("learned", *part.sizes.learn.split()),
@@ -1019,7 +1019,6 @@ def main():
         sys.exit(f"gpu.py: {KIT}: not complete; run python tests/gpu.py --pack FOLDER, then --unpack FOLDER")
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu.py: no GPU here; --device cpu rehearses")
     if args.device == "cpu" and args.parts == ["correct"]:
@@ -1032,7 +1031,7 @@ def main():
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 run_part(Part(args.parts[0], args, folder))
             status = 0
-        except Exception:
+        except Exception:  # the status tells the part's parent, which makes it a row
             traceback.print_exc()
         sys.stdout.flush()
         os._exit(status)  # threads may still wait for what was ended
