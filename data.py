@@ -31,7 +31,6 @@ import json
 import os
 import random
 import re
-import shutil
 import socket
 import string
 import sys
@@ -65,13 +64,16 @@ def read_file(path, remedy):
         raise DataError(f"{path}: {error.strerror.lower()}; {remedy}") from None
 
 
-def write_file(path, text):
-    """Write text to path in one step: a reader sees the old file or the new one, never half of it."""
+def write_file(path, content):
+    """Write a text or bytes to path in one step: a reader sees the old file or the new one, never half of it, also after a power cut."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        with open(temporary, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -286,8 +288,7 @@ def copy_tokenizer(source, target):
     """Copy a checkpoint folder's tokenizer files, byte for byte, so that what is trained from it can be loaded alone."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
-            (Path(target) / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(source) / name, Path(target) / name)
+            write_file(Path(target) / name, (Path(source) / name).read_bytes())
 
 
 # ---------------------------------------------------------------- template
@@ -306,6 +307,29 @@ def encode_example(tokenizer, example, max_length=2048):
         ids += asked + answer
         labels += [-100] * len(asked) + answer
     return ids[:max_length], labels[:max_length]
+
+
+@dataclass
+class EncodedExample:
+    """An example as it is trained on."""
+
+    id: str  # of its line in the flat file
+    ids: list  # its T tokens
+    labels: list  # as many: the token where an answer is to be learned, -100 elsewhere
+    source: str  # one of SOURCES
+
+    @property
+    def n_supervised(self):
+        """How many of its tokens are to be learned."""
+        return sum(label != -100 for label in self.labels)
+
+
+SOURCES = ("own", "mix", "replay")  # the stage's own set, D_M, an earlier stage's facts
+
+
+def encode(tokenizer, examples, source="own", max_length=2048):
+    """A list of examples as EncodedExamples of one source."""
+    return [EncodedExample(example["id"], *encode_example(tokenizer, example, max_length), source) for example in examples]
 
 
 def turns(example):
@@ -397,8 +421,6 @@ def word_list(raw):
 
 
 def _download_nltk_words(folder):
-    import socket
-
     import nltk
 
     before = socket.getdefaulttimeout()
@@ -1269,9 +1291,45 @@ def load_pool(name, data="data", raw="raw"):
     return facts, sha256
 
 
+def familiarity(name, base_model, data="data"):
+    """"unfamiliar" where a set has been split for this base model, "" where there is nothing to split; otherwise a DataError."""
+    if name.endswith(".jsonl"):
+        return ""
+    base, _, chosen = resolve(name)
+    if chosen or SETS[base].kind != "factoid" or SETS[base].build:
+        return ""
+    manifest = flat_file(f"{base}.unfamiliar", data).with_suffix(".json")
+    remedy = f"python evaluate.py {base_model} --split {base}"
+    made_with = _read_json(manifest, f"remove it and run {remedy}").get("base_model") if manifest.exists() else None
+    if made_with == model_name(base_model):
+        return "unfamiliar"
+    state = f"split into familiar and unfamiliar for {made_with}" if made_with else "not split into familiar and unfamiliar facts"
+    raise DataError(f"{name}: {state}, the base model here is {model_name(base_model)}: run {remedy}"
+                    + (" with another --data-dir" if made_with else "") + ", or take all facts with --unfiltered")  # fmt: skip
+
+
+def stage_facts(entry, data="data"):
+    """The facts that a stage, an entry of a lineage, was trained on; none for a set whose answers are no facts."""
+    name = entry["data"]
+    if name in SETS and SETS[name].kind != "factoid":
+        return []
+    if entry.get("familiarity"):
+        name = f"{name}.{entry['familiarity']}"
+    examples, sha256 = load_examples(name, entry["num_examples"], data)
+    if sha256 != entry["data_sha256"]:
+        raise DataError(f"{name}: its first {entry['num_examples']} lines in {data}/ are not those that stage {entry['stage']} was trained on; "
+                        "give the folder that holds them with --data-dir")  # fmt: skip
+    return [example for example in examples if "messages" not in example]
+
+
 def set_label(name):
     """A data name as files and tables show it: that of a path without folder and .jsonl."""
     return Path(name).stem if name.endswith(".jsonl") else name
+
+
+def model_name(path):
+    """A base model as files and tables show it."""
+    return Path(path).resolve().name
 
 
 def _read_lines(path, n):
@@ -1363,6 +1421,14 @@ def epoch_order(n, seed, epoch):
     order = list(range(n))
     random.Random(f"{seed} {epoch}").shuffle(order)
     return order
+
+
+def batches(n, batch_size, epochs, seed):
+    """(epoch, indices) of each step: every example once an epoch, the last batch as small as it comes."""
+    for epoch in range(epochs):
+        order = epoch_order(n, seed, epoch)
+        for start in range(0, n, batch_size):
+            yield epoch, order[start : start + batch_size]
 
 
 def micro_batches(lengths, budget, world):

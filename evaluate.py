@@ -9,19 +9,15 @@
 Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.familiar.jsonl and data/NAME.unfamiliar.jsonl.
 """
 
-import gc
 import itertools
 import json
 import os
 import platform
 import random
 import re
-import signal
 import statistics
 import subprocess
 import sys
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,41 +29,19 @@ from data import (
     DataError,
     Parser,
     encode_example,
-    flat_file,
     load_examples,
     load_pool,
     load_tokenizer,
+    model_name,
     resolve,
     set_label,
+    stage_facts,
     write_file,
     write_flat,
 )
-from model import CheckpointError, load_model, weights_dtype
+from model import CheckpointError, end_process_group, fail, load_model, setup_device, weights_dtype
 
 BATCH = 128  # prompts that generate together
-
-
-def setup_device():
-    """(device, rank, number of ranks): this process's own GPU or the CPU, with a process group under torchrun or without."""
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    backend = "gloo" if device.type == "cpu" else "nccl"
-    if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise DataError(f"--nproc_per_node: more ranks than this machine's {torch.cuda.device_count()} GPUs; give as many")
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device, dist.get_rank(), world
-
-
-def leave():
-    """End the process group, all ranks together: gloo can abort at exit while sharded tensors are alive or another rank still talks."""
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def check_vocabulary(tokenizer, config, path):
@@ -76,15 +50,6 @@ def check_vocabulary(tokenizer, config, path):
     if largest >= config.vocab_size or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
         raise DataError(f"{path}: its tokenizer has ids up to {largest} (bos {tokenizer.bos_id}, eos {tokenizer.eos_id}), "
                         f"its model's vocabulary {config.vocab_size}; copy both from one model")  # fmt: skip
-
-
-def fail(error, status=2):
-    """End with one line. torchrun ends all ranks with the first, so the others wait: what all of them found is said once."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    sys.exit(status)
 
 
 def predict(model, tokenizer, examples, progress=False, finish=True):
@@ -98,7 +63,7 @@ def predict(model, tokenizer, examples, progress=False, finish=True):
     return ask(model, tokenizer, prompts, most, tokenizer.eos_id, progress, answers, responses)
 
 
-def known(model, tokenizer, examples):
+def exact_matches(model, tokenizer, examples):
     """For each example whether its greedy answer is correct; called as predict is, and sooner done."""
     answers = predict(model, tokenizer, examples, finish=False)
     return [is_correct(answer, example["response"]) for answer, example in zip(answers, examples)]
@@ -122,7 +87,7 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
     responses: the right texts; a continuation that can no longer be its prompt's breaks off.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    shared = common_start(prompts)
+    prefix_len = common_prefix_len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine = by_length[rank::world]
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
@@ -131,14 +96,14 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
         rows = mine[start : start + BATCH]
         guesses = drafts and [drafts[i] for i in rows]
         stop = responses and (lambda k, ids, rows=rows: is_wrong(tokenizer.decode(ids), responses[rows[k]]))
-        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses, stop, shared)):
+        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses, stop, prefix_len)):
             new_ids[row, : len(ids)] = torch.tensor(ids, device=new_ids.device) + 1  # 0 means no token
     if world > 1:
         dist.all_reduce(new_ids)
     return [tokenizer.decode([i - 1 for i in row if i]) for row in new_ids.tolist()]
 
 
-def common_start(prompts):
+def common_prefix_len(prompts):
     """How many ids all prompts begin with, but for the last of the shortest."""
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=1) - 1)
 
@@ -177,20 +142,6 @@ def read_lineage(path):
     return lineage
 
 
-def stage_facts(entry, data="data"):
-    """The facts a stage trained on; none for a set whose answers are no facts."""
-    name = entry["data"]
-    if name in SETS and SETS[name].kind != "factoid":
-        return []
-    if entry.get("familiarity"):
-        name = f"{name}.{entry['familiarity']}"
-    examples, sha256 = load_examples(name, entry["num_examples"], data)
-    if sha256 != entry["data_sha256"]:
-        raise DataError(f"{name}: its first {entry['num_examples']} lines in {data}/ are not those that stage {entry['stage']} was trained on; "
-                        "give the folder that holds them with --data-dir")  # fmt: skip
-    return [example for example in examples if "messages" not in example]
-
-
 def evaluate(path, model, tokenizer, sets, rank=0):
     """Ask the model every fact of sets {name: examples}, write eval.json and predictions into folder path, return eval.json."""
     results = {}
@@ -212,26 +163,6 @@ def evaluate(path, model, tokenizer, sets, rank=0):
 # ---------------------------------------------------------------- familiar and unfamiliar
 
 SHOTS = 5
-
-
-def familiarity(name, base_model, data="data"):
-    """"unfamiliar" where a set has been split for this base model, "" where there is nothing to split; otherwise a DataError."""
-    if name.endswith(".jsonl"):
-        return ""
-    base, _, chosen = resolve(name)
-    if chosen or SETS[base].kind != "factoid" or SETS[base].build:
-        return ""
-    manifest = flat_file(f"{base}.unfamiliar", data).with_suffix(".json")
-    made_with = read_rows(manifest).get("base_model") if manifest.exists() else None
-    if made_with == model_name(base_model):
-        return "unfamiliar"
-    state = f"split into familiar and unfamiliar for {made_with}" if made_with else "not split into familiar and unfamiliar facts"
-    raise DataError(f"{name}: {state}, the base model here is {model_name(base_model)}: run python evaluate.py {base_model} --split {base}"
-                    + (" with another --data-dir" if made_with else "") + ", or take all facts with --unfiltered")  # fmt: skip
-
-
-def model_name(path):
-    return Path(path).resolve().name
 
 
 def split(path, model, tokenizer, name, n, n_shots, data, rank):
@@ -801,12 +732,15 @@ def ledger(grid):
 
 def mix_label(lineage):
     """The paper's label for a run: "Random / K-Pile" names the mix of each stage, "-" is none."""
-    mixes = ["-" if entry["mix"] == "none" else set_label(entry["mix"]) for entry in lineage]
+    mixes = []
+    for entry in lineage:
+        weight = entry.get("mix_weight", 1)
+        mixes.append("-" if entry["mix"] == "none" else set_label(entry["mix"]) + (f" of weight {weight:.3g}" if weight != 1 else ""))
     label = "No Mixing" if set(mixes) == {"-"} else " / ".join(mixes)
     return label + "".join(f", replay {entry['replay']}" for entry in lineage if entry.get("replay"))
 
 
-OUTCOMES = {"seed", "steps", "final_loss", "stopped_by", "data_sha256", "mix_sha256"}  # what may differ within one row of a table
+OUTCOMES = {"seed", "steps", "updates", "final_loss", "stopped_by", "data_sha256", "mix_sha256"}  # what may differ within one row of a table
 
 
 def chains_table(folder):
@@ -828,7 +762,8 @@ def chains_table(folder):
             print(f"{run}: left out, its first stage's facts were not asked of it and of {start}; run evaluate.py on both", file=sys.stderr)
             continue
         checks = [(row["step"], row["accuracy"]) for row in read_rows(run / "metrics.jsonl") if row.get("data") == names[0]]
-        settings = json.dumps([{key: value for key, value in entry.items() if key not in OUTCOMES} for entry in lineage])
+        known = [{"mix_weight": 1.0, **entry} for entry in lineage]  # earlier records lack it
+        settings = json.dumps([{key: value for key, value in entry.items() if key not in OUTCOMES} for entry in known], sort_keys=True)
         chains.setdefault(settings, []).append(
             {"lineage": lineage, "before": before[names[0]], "after": after, "checks": [(0, before[names[0]]), *checks]}
         )
@@ -995,7 +930,7 @@ def main():
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
         tokenizer, model, rank = open_checkpoint(args)
         split(args.checkpoint, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank)
-        return leave()
+        return end_process_group()
     if args.data:
         if len({set_label(name) for name in args.data}) < len(args.data):
             raise DataError("--data: two sets of one name would share a predictions file; rename one")
@@ -1018,7 +953,7 @@ def main():
         print(f"{'set':20} {'facts':>6} {'correct':>8} {'accuracy':>9}")
         for name, row in results.items():
             print(f"{name:20} {row['total']:6} {row['correct']:8} {row['accuracy']:8.1f}%")
-    leave()
+    end_process_group()
 
 
 def open_checkpoint(args):

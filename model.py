@@ -16,15 +16,18 @@ Axes: B batch, T time, H heads, K key-value heads, D head size, C width (hidden 
 
 import contextlib
 import functools
+import gc
 import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
+import signal
 import struct
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
@@ -142,16 +145,16 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Without bias; computes in x's type, whatever that of its weight: a bf16 model can train fp32 master weights."""
+    """Computes in x's type, whatever that of its weight: a bf16 model can train fp32 master weights."""
 
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features, out_features, bias=False):
+        super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self):
         """Nothing is drawn: weights are always loaded."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
@@ -179,9 +182,6 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-HEAD_ROWS = 128  # positions whose logits exist at a time in generation
-
-
 class Cache:
     """Keys and values of a batch of right-padded texts; slot s of a row holds its token at position s.
 
@@ -192,23 +192,18 @@ class Cache:
         self.slots = slots
         self.layers = []  # one (k, v) a layer, each (B, K, S, D)
 
-    def next(self, positions, last, asked):
-        """What the next forward pass is about: the positions of its tokens, (B, T) or of all rows (1, T), none of them
-        beyond `last`, and the (rows, columns) of those whose next token is wanted."""
-        self.positions, self.filled, self.asked = positions, last + 1, asked
-        return self
-
-    def keep(self, rows):
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
-
-    def add(self, i, k, v):
-        """Put layer i's keys and values of this pass, (B, K, T, D), into their slots; returns all of that layer's filled ones."""
+    def add(self, i, positions, filled, k, v):
+        """Put k and v (B, K, T, D) of layer i into the slots of their positions (B or 1, T); returns the layer's first `filled` slots."""
         if i == len(self.layers):
             self.layers.append(tuple(new.new_zeros(*new.shape[:2], self.slots, new.shape[3]) for new in (k, v)))
         rows = torch.arange(len(k), device=k.device)[:, None]
         for slots, new in zip(self.layers[i], (k, v)):
-            slots[rows, :, self.positions] = new.transpose(1, 2)
-        return (slots[:, :, : self.filled] for slots in self.layers[i])
+            slots[rows, :, positions] = new.transpose(1, 2)
+        return (slots[:, :, :filled] for slots in self.layers[i])
+
+    def select(self, rows):
+        """Go on with these rows (n,), of which one may come again and again."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
 
 def attend(q, k, v, mask):
@@ -243,13 +238,14 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_size)
         self.o_proj = Linear(q_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, mask, cache, i):
+    def forward(self, x, cos, sin, mask, cached=None):
+        """cached: keeps the keys and values of these tokens, and returns those of all tokens that they may see."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.config.head_dim).transpose(1, 2)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.add(i, k, v)
+        if cached is not None:
+            k, v = cached(k, v)
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -273,9 +269,15 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, cache, i):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, i)
+    def forward(self, x, cos, sin, mask, cached=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def answer_positions(labels):
+    """labels (B, T), -100 where nothing is supervised -> ((rows, columns) that predict a supervised token, both (n,), and the tokens (n,))."""
+    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return (rows, columns), labels[rows, columns + 1]
 
 
 class Transformer(nn.Module):
@@ -294,43 +296,43 @@ class Transformer(nn.Module):
         self.compute_dtype = None  # of activations, where it is not the weights'
         self.checkpoint_activations = False  # keep only each block's input for the backward pass, and compute the rest again
 
-    def forward(self, ids, labels=None, return_hidden=False, cache=None):
+    def forward(self, ids, labels=None, return_hidden=False, logit_positions=None, cache=None, positions=None):
         """ids (B, T) int64, right-padded -> logits (B, T, V).
 
         labels (B, T): -> (loss_sum fp32 scalar, n_tokens); labels[t] is predicted from ids[:t], -100 is not supervised.
         return_hidden: -> (L + 1, B, T, C), the residual stream after the embedding and after each block, before the final norm.
-        cache: ids go on from what it holds -> the n likeliest next ids that it asks for; used by `generate`.
-        return_hidden and cache: -> those ids, and the residual stream at what predicts them alone, (L + 1, n, C).
+        logit_positions, (rows, columns) of ids: -> logits (n, V) of these alone. With return_hidden -> (logits, hidden (L + 1, n, C)).
+        cache and positions (B or 1, T): ids go on from what the cache holds, at these places of their texts, and join it.
         """
-        positions = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.positions
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        if labels is not None:
+            # Only supervised positions go through the head: the same loss and gradients for a fraction of the memory.
+            logit_positions, targets = answer_positions(labels)
+        asked = slice(None) if logit_positions is None else logit_positions
+        filled = ids.shape[1] if cache is None else int(positions.max()) + 1  # slots of keys and values
         x = self.model.embed_tokens(ids)
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = self._rope(positions, x.dtype)
-        mask = self._mask(positions, ids.shape[1] if cache is None else cache.filled)
-        kept = lambda x: x if cache is None else x[cache.asked]
-        hidden = [kept(x)] if return_hidden else []
+        mask = self._mask(positions, filled)
+        hidden = [x[asked]] if return_hidden else []
         for i, layer in enumerate(self.model.layers):
+            cached = None if cache is None else functools.partial(cache.add, i, positions, filled)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, i, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, mask, cached, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, cache, i)
+                x = layer(x, cos, sin, mask, cached)
             if return_hidden:
-                hidden.append(kept(x))
-        if return_hidden and cache is None:
+                hidden.append(x[asked])
+        if return_hidden and logit_positions is None:
             return torch.stack(hidden)
+        logits = self.head(x[asked])
         if labels is not None:
-            # Only supervised positions go through the head: the same loss and gradients for a fraction of the memory.
-            targets = labels[:, 1:]
-            keep = targets != -100
-            logits = self._head(x[:, :-1][keep]).float()  # (supervised, V)
-            return F.cross_entropy(logits, targets[keep], reduction="sum"), keep.sum()
-        if cache is not None:
-            x = x[cache.asked]
-            choices = torch.cat([self._head(rows).argmax(-1) for rows in x.split(HEAD_ROWS)])
-            return (choices, torch.stack(hidden)) if return_hidden else choices
-        return self._head(x)
+            return F.cross_entropy(logits.float(), targets, reduction="sum"), torch.tensor(len(targets), device=ids.device)
+        return (logits, torch.stack(hidden)) if return_hidden else logits
 
-    def _head(self, x):
+    def head(self, x):
+        """The residual stream (..., C) after the last block -> logits (..., V)."""
         x = self.model.norm(x)
         return F.linear(x, self.model.embed_tokens.weight.to(x.dtype)) if self.config.tie_word_embeddings else self.lm_head(x)
 
@@ -359,13 +361,13 @@ class Transformer(nn.Module):
         return (behind >= 0) & (behind < window)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, eos_id, drafts=None, stop=None, shared=0, return_hidden=False):
+    def generate(self, prompts, max_new_tokens, eos_id, drafts=None, stop=None, prefix_len=0, return_hidden=False):
         """Greedy continuation of prompts (lists of ids, any lengths): lists of new ids, without eos.
 
         eos_id may also be a set of ids, each of which ends an answer.
         drafts: a guess at each answer, lists of ids. They change nothing but the time: one pass over prompts and drafts tells up to
         where a draft is the greedy choice, and only from there is one token generated at a time.
-        shared: how many ids, fewer than any prompt has, all prompts begin with; they go through the model once. Only the time changes.
+        prefix_len: how many ids, fewer than any prompt has, all prompts begin with; they go through the model once. Only the time changes.
         stop(i, new ids): whether to give up the answer to prompts[i], of which these are the first ids.
         return_hidden: -> (the lists, the residual stream (L + 1, n, C) at what predicts each token of each draft and the one after it).
         Under torch.distributed every rank must call it equally often, because each forward is a collective;
@@ -373,55 +375,118 @@ class Transformer(nn.Module):
         """
         if max_new_tokens < 1:
             return [[] for _ in prompts]
-        device = self.model.embed_tokens.weight.device
         ends = {eos_id} if isinstance(eos_id, int) else eos_id
-        rows = prompts or [[0] * (shared + 1)]
+        device = self.model.embed_tokens.weight.device
+        rows = prompts or [[0] * (prefix_len + 1)]  # a rank with nothing to ask makes the same passes as the others
         drafts = [draft[: max_new_tokens - 1] for draft in drafts] if drafts else [[]] * len(rows)
-        starts = [len(prompt) - 1 for prompt in rows]
-        ids = torch.zeros(len(rows), max(len(prompt + draft) for prompt, draft in zip(rows, drafts)), dtype=torch.long)
-        for i, (prompt, draft) in enumerate(zip(rows, drafts)):
-            ids[i, : len(prompt + draft)] = torch.tensor(prompt + draft)
-        # The end of a prompt predicts its draft's first token, and the end of the draft one more.
-        asked = [(i, starts[i] + k - shared) for i, draft in enumerate(drafts) for k in range(len(draft) + 1)]
-        ids, positions = ids.to(device), torch.arange(ids.shape[1], device=device)[None]
-        cache = Cache(max(starts) + 1 + max_new_tokens)
-        if shared:
-            self(ids[:1, :shared], cache=cache.next(positions[:, :shared], shared - 1, (slice(0), 0)))
-            cache.keep(torch.zeros(len(rows), dtype=torch.long, device=device))
-        cache.next(positions[:, shared:], ids.shape[1] - 1, tuple(torch.tensor(asked, device=device).T))
-        found = self(ids[:, shared:], return_hidden=return_hidden, cache=cache)
-        choices, hidden = found if return_hidden else (found, None)
-        choices = iter(choices.tolist())
-        new = []
-        for draft in drafts:
-            greedy = list(itertools.islice(choices, len(draft) + 1))
-            agreed = next((k for k, token in enumerate(draft) if token != greedy[k]), len(draft))
-            new.append(greedy[: agreed + 1])
+        cache = Cache(max(map(len, rows)) + max_new_tokens)
+        greedy, hidden = prefill(self, cache, rows, drafts, prefix_len, return_hidden)
+        new = [accept_draft(draft, choices) for draft, choices in zip(drafts, greedy)]
 
-        alive = list(range(len(rows)))  # the rows in the cache; those that are done repeat their last step until half are
+        def finished(i):
+            if i >= len(prompts) or not ends.isdisjoint(new[i]) or len(new[i]) >= max_new_tokens:
+                return True
+            return stop is not None and stop(i, new[i])
+
+        in_cache = list(range(len(rows)))
         while True:
-            running = {i for i in alive if i < len(prompts) and ends.isdisjoint(new[i]) and len(new[i]) < max_new_tokens}
-            running = {i for i in running if not (stop and stop(i, new[i]))}
-            done = torch.tensor(int(not running), device=device)
-            if dist.is_initialized():
-                dist.all_reduce(done, dist.ReduceOp.MIN)
-            if done:
+            running = {i for i in in_cache if not finished(i)}
+            if not any_rank(running, device):
                 break
-            if 2 * len(running) <= len(alive):
-                kept = [k for k, i in enumerate(alive) if i in running] or [0]
-                cache.keep(torch.tensor(kept, device=device))
-                alive = [alive[k] for k in kept]
-            ends_at = [starts[i] + len(new[i]) for i in alive]
-            cache.next(torch.tensor(ends_at, device=device)[:, None], max(ends_at), (slice(None), 0))
-            newest = torch.tensor([new[i][-1:] for i in alive], device=device)
-            for i, choice in zip(alive, self(newest, cache=cache).tolist()):
+            # A finished row repeats its last step until half of the cache can leave: each leaving copies all that stays.
+            if 2 * len(running) <= len(in_cache):
+                in_cache = leave_finished(cache, in_cache, running, device)
+            ends_at = [len(rows[i]) + len(new[i]) - 1 for i in in_cache]
+            tokens = decode(self, cache, [new[i][-1] for i in in_cache], ends_at)
+            for i, token in zip(in_cache, tokens):
                 if i in running:
-                    new[i].append(choice)
-        new = [list(itertools.takewhile(lambda i: i not in ends, row)) for row in new][: len(prompts)]
+                    new[i].append(token)
+        new = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new[: len(prompts)]]
         return (new, hidden) if return_hidden else new
 
 
-# ---------------------------------------------------------------- ranks that read and write files
+# ---------------------------------------------------------------- generation, step by step
+
+
+def prefill(model, cache, prompts, drafts, prefix_len, return_hidden):
+    """Prompts and their drafts in one pass, into the cache: the greedy tokens after each prompt and after each token of its draft,
+    a list a row, and with return_hidden the residual stream (L + 1, n, C) that they come from, else None."""
+    texts = [prompt + draft for prompt, draft in zip(prompts, drafts)]
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in zip(ids, texts):
+        row[: len(text)] = torch.tensor(text)
+    ids = ids.to(model.model.embed_tokens.weight.device)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    if prefix_len:
+        # What all prompts begin with goes through the model once; then each row takes over its keys and values.
+        nothing = (slice(0), 0)
+        model(ids[:1, :prefix_len], logit_positions=nothing, cache=cache, positions=positions[:, :prefix_len])
+        cache.select(torch.zeros(len(texts), dtype=torch.long, device=ids.device))
+    asked = []
+    for i, (prompt, draft) in enumerate(zip(prompts, drafts)):
+        first = len(prompt) - 1 - prefix_len  # the end of a prompt predicts its draft's first token, the end of the draft one more
+        asked += [(i, first + k) for k in range(len(draft) + 1)]
+    asked = tuple(torch.tensor(asked, device=ids.device).T)
+    found = model(ids[:, prefix_len:], return_hidden=return_hidden, logit_positions=asked, cache=cache, positions=positions[:, prefix_len:])
+    logits, hidden = found if return_hidden else (found, None)
+    choices = iter(logits.argmax(-1).tolist())
+    return [list(itertools.islice(choices, len(draft) + 1)) for draft in drafts], hidden
+
+
+def accept_draft(draft, choices):
+    """What a row has written after prefill: its draft as far as it is the greedy choice, and the one token that follows."""
+    agreed = 0
+    while agreed < len(draft) and draft[agreed] == choices[agreed]:
+        agreed += 1
+    return choices[: agreed + 1]
+
+
+def decode(model, cache, tokens, positions):
+    """The greedy tokens after the newest ones of each row in the cache, which stand at these positions."""
+    device = model.model.embed_tokens.weight.device
+    tokens, positions = (torch.tensor(column, device=device)[:, None] for column in (tokens, positions))
+    return model(tokens, logit_positions=(slice(None), 0), cache=cache, positions=positions).argmax(-1).tolist()
+
+
+def leave_finished(cache, in_cache, running, device):
+    """Take the finished rows out of the cache; returns which rows are left in it, at least one for the passes that other ranks make."""
+    left = [k for k, i in enumerate(in_cache) if i in running] or [0]
+    cache.select(torch.tensor(left, device=device))
+    return [in_cache[k] for k in left]
+
+
+@contextlib.contextmanager
+def generation_mode(model):
+    """A model in training answers questions in this block: its weights are cast once for all tokens, and no gradient is kept."""
+    masters = {param: param.data for param in model.parameters()} if model.compute_dtype else {}
+    for param in masters:
+        param.data = param.data.to(model.compute_dtype)
+    # Lengths change with every token: nothing to compile for.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with torch.no_grad(), eager:
+        yield
+    for param, master in masters.items():
+        param.data = master
+    reshard(model)
+
+
+# ---------------------------------------------------------------- ranks: set up, gather, raise, end
+
+
+def setup_device():
+    """(device, rank, number of ranks): this process's own GPU or the CPU, with a process group under torchrun or without."""
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            fail(f"--nproc_per_node: more ranks than this machine's {torch.cuda.device_count()} GPUs; give as many")
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device, dist.get_rank(), world
 
 
 @functools.cache
@@ -430,8 +495,8 @@ def _patient_group():
     return dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
 
-def from_all(value):
-    """[rank 0's value, rank 1's, ...], the same list on every rank."""
+def all_gather(value):
+    """[rank 0's value, rank 1's, ...], the same list on every rank; values of any kind that pickles."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
@@ -439,25 +504,71 @@ def from_all(value):
     return values
 
 
+def any_rank(flag, device):
+    """Whether flag is true on any rank."""
+    found = torch.tensor(int(bool(flag)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
 @contextlib.contextmanager
-def together():
+def raise_on_all_ranks():
     """All ranks leave this block together: an error that one of them meets is raised by all, so that none is left waiting."""
     error = None
     try:
         yield
     except (ValueError, OSError) as caught:
         error = caught
-    for raised in filter(None, from_all(error)):
+    for raised in filter(None, all_gather(error)):
         raise raised
 
 
-@contextlib.contextmanager
-def naming(path):
-    """A failed write in this block names path: what Python raises on a full disk names nothing."""
-    try:
-        yield
-    except OSError as error:
-        raise SaveError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+def full_tensor(tensor):
+    """A tensor of which each rank may hold some rows, gathered; a collective."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor):
+    """What this rank holds of a tensor: all, or under fully_shard its rows."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def local_rows(param):
+    """The rows [first, last) of a parameter that this rank holds."""
+    if not hasattr(param, "device_mesh"):
+        return 0, param.shape[0]
+    return rows_of(param.shape[0], param.device_mesh.get_local_rank(), param.device_mesh.size())
+
+
+def rows_of(n, rank, world):
+    """The rows [first, last) of n that fully_shard gives to a rank; none to the last ranks where n is small."""
+    rows = -(-n // world)
+    first = min(n, rows * rank)
+    return first, min(n, first + rows)
+
+
+def reshard(model):
+    """Without a backward pass the gathered weights stay: put the sharded ones, which the optimizer owns, back in place."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def end_process_group():
+    """All ranks together: gloo can abort at exit while sharded tensors are alive or another rank still talks."""
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fail(error, status=2):
+    """End with one line. torchrun ends all ranks with the first, so the others wait: what all of them found is said once."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    sys.exit(status)
 
 
 # ---------------------------------------------------------------- folders of weights
@@ -498,7 +609,7 @@ def load_weights(model, path, only=None):
     path = Path(path)
     if only is None:
         check_saved(path)
-    with together():
+    with raise_on_all_ranks():
         _copy_weights(model, path, only)
 
 
@@ -550,25 +661,6 @@ def weights_dtype(path):
         raise CheckpointError(f"{path}: no tensor model.embed_tokens.weight: not a Llama or Mistral checkpoint")
     with _open_shard(file) as shard:
         return FLOAT_TYPES.get(shard.get_slice("model.embed_tokens.weight").get_dtype(), torch.bfloat16)
-
-
-def local(tensor):
-    """What this rank holds of a tensor: all, or under fully_shard its rows."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def local_rows(param):
-    """The rows [first, last) of a parameter that this rank holds."""
-    if not hasattr(param, "device_mesh"):
-        return 0, param.shape[0]
-    return rows_of(param.shape[0], param.device_mesh.get_local_rank(), param.device_mesh.size())
-
-
-def rows_of(n, rank, world):
-    """The rows [first, last) of n that fully_shard gives to a rank; none to the last ranks where n is small."""
-    rows = -(-n // world)
-    first = min(n, rows * rank)
-    return first, min(n, first + rows)
 
 
 def _read_json(path, remedy):
@@ -634,7 +726,7 @@ def save_model(model, path, dtype=None):
     files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     writer = not dist.is_initialized() or dist.get_rank() == 0
     index = "model.safetensors.index.json"
-    with together():
+    with raise_on_all_ranks():
         if writer:
             path.mkdir(parents=True, exist_ok=True)
             for old in [path / MANIFEST, path / index, *path.glob("model*.safetensors")]:  # of a model saved here before
@@ -642,15 +734,15 @@ def save_model(model, path, dtype=None):
     digests = {}
     for file, names in zip(files, shards):
         # Cast before the gathering: half the traffic and memory where fp32 weights are saved as bf16.
-        tensors = (whole(params[name].detach().to(dtype)) for name in names)
-        with together():
+        tensors = (full_tensor(params[name].detach().to(dtype)) for name in names)
+        with raise_on_all_ranks():
             try:
                 if writer:
                     digests[file] = write_tensors(path / file, {name: (dtype, params[name].shape) for name in names}, tensors)
             finally:
                 for _ in tensors:  # gathering takes every rank, also after rank 0's disk is full
                     pass
-    with together():
+    with raise_on_all_ranks():
         if writer:
             if len(files) > 1:
                 size = sum(param.numel() for param in params.values()) * dtype.itemsize
@@ -661,9 +753,13 @@ def save_model(model, path, dtype=None):
             write_json(path / MANIFEST, {"files": digests})
 
 
-def whole(tensor):
-    """A tensor of which each rank may hold some rows, gathered; a collective."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+@contextlib.contextmanager
+def writing(path):
+    """A failed write in this block names path: what Python raises on a full disk names nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
 
 def write_tensors(path, layout, tensors):
@@ -678,7 +774,7 @@ def write_tensors(path, layout, tensors):
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8
     temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
-    with naming(path), open(temporary, "wb") as file:
+    with writing(path), open(temporary, "wb") as file:
         for part in itertools.chain([struct.pack("<Q", len(header)), header], map(_bytes, tensors)):
             file.write(part)
             digest.update(part)
@@ -699,7 +795,7 @@ def verify(folder, remedy):
     Under torch.distributed every rank calls it, and the ranks of a machine share the reading.
     """
     rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with together():
+    with raise_on_all_ranks():
         manifest = _read_json(folder / MANIFEST, remedy)
         files = manifest.get("files")
         if not isinstance(files, dict) or not all(isinstance(row, dict) and row.keys() >= {"size", "sha256"} for row in files.values()):
@@ -721,7 +817,7 @@ def verify(folder, remedy):
 
 def write_json(path, value):
     temporary = path.with_name(path.name + ".tmp")
-    with naming(path), open(temporary, "w", encoding="utf-8") as file:
+    with writing(path), open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

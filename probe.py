@@ -22,28 +22,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DEFAULT_WORDS, DataError, Parser, encode_example, load_examples, load_tokenizer, resolve, set_label
-from evaluate import (
-    common_start,
-    fail,
-    is_correct,
-    is_wrong,
-    kept_rows,
-    known,
-    leave,
-    mix_label,
-    model_name,
-    questions,
-    read_lineage,
-    read_rows,
-    setup_device,
-    stage_facts,
+from data import (
+    DEFAULT_WORDS, DataError, Parser, encode, load_examples, load_tokenizer, model_name, resolve, set_label, stage_facts,
 )
-from model import CheckpointError, Config, check_saved, load_model, load_weights, local, write_json
-from train import AdamW, asking, batch_loss, batches, build_sharded, keep_freed_memory, learning_rate, n_supervised
+from evaluate import (
+    common_prefix_len, exact_matches, is_correct, is_wrong, kept_rows, mix_label, questions, read_lineage, read_rows,
+)
+from model import (
+    CheckpointError, Config, check_saved, end_process_group, fail, generation_mode, load_model, load_weights, local, setup_device, write_json,
+)
+from train import AdamW, answer_tokens, batches, build_sharded, keep_freed_memory, learning_rate, train_step
 
 TOP_K = 10  # section 5
 MICRO_TOKENS = 512  # most tokens of a training micro-batch, padding included
@@ -66,7 +56,7 @@ def main():
         (transplant if args.transplant else recover)(args, path, lineage, device, rank)
     else:
         probe(args, stages, device, rank)
-    leave()
+    end_process_group()
 
 
 def parse_args():
@@ -118,7 +108,7 @@ def first_facts(args, path, lineage):
 
 def sharded(path, precision, device):
     """A checkpoint's model as train.py holds it: over all ranks, each with its rows of the weights."""
-    model, _ = build_sharded(argparse.Namespace(precision=precision, checkpoint_activations=None, compile=False), Config.from_folder(path), device)
+    model = build_sharded(Config.from_folder(path), device, precision)
     load_weights(model, path)
     return model
 
@@ -192,7 +182,7 @@ def read_layers(model, tokenizer, facts, first_token=False):
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prompts, drafts, most = questions(tokenizer, facts)
-    shared = common_start(prompts)
+    prefix_len = common_prefix_len(prompts)
     answers = [draft[: 1 if first_token else -1] for draft in drafts]
     others = shuffled_answers(answers)
     owner = torch.tensor([i for i, answer in enumerate(answers) for _ in answer])
@@ -205,7 +195,7 @@ def read_layers(model, tokenizer, facts, first_token=False):
         group = by_length[rank::world][first : first + ASKED]
         # The same pass over prompts and answers tells what the model answers and what each layer holds on the way.
         stop = lambda k, ids, group=group: is_wrong(tokenizer.decode(ids), facts[group[k]]["response"])
-        new, hidden = model.generate([prompts[i] for i in group], most, tokenizer.eos_id, [drafts[i] for i in group], stop, shared, return_hidden=True)
+        new, hidden = model.generate([prompts[i] for i in group], most, tokenizer.eos_id, [drafts[i] for i in group], stop, prefix_len, return_hidden=True)
         for i, ids in zip(group, new):
             correct[i] = is_correct(tokenizer.decode(ids), facts[i]["response"])
         # hidden has a row for each token of each draft, eos included, and one for what follows it.
@@ -228,8 +218,7 @@ def read_layers(model, tokenizer, facts, first_token=False):
 def lens(model, hidden):
     """Residuals (..., C) of any layer -> logits (..., V), as if the model ended there: the final norm with these residuals' own
     statistics, then the output embedding (nostalgebraist, 2020)."""
-    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    return F.linear(model.model.norm(hidden), head.weight)
+    return model.head(hidden)
 
 
 def read(logits, targets):
@@ -351,9 +340,11 @@ def meter(args, path, facts, steps, lr, device):
     names = [name for name, _ in model.named_parameters()]
     weights = [local(p).detach().clone() for p in model.parameters()]
 
-    def sample(examples, size):
-        encoded = [encode_example(tokenizer, example) for example in examples]
-        return [[encoded[i] for i in batch] for _, batch in itertools.islice(batches(len(encoded), size, args.batches, args.seed), args.batches)]
+    def sample(examples, size, source="own"):
+        encoded, sampled = encode(tokenizer, examples, source), []
+        for _, indices in itertools.islice(batches(len(encoded), size, args.batches, args.seed), args.batches):
+            sampled.append([encoded[i] for i in indices])
+        return sampled
 
     of_a, samples, losses = sample(facts, args.batch_size), [], []
     for step in steps:
@@ -361,14 +352,14 @@ def meter(args, path, facts, steps, lr, device):
         own, mix = load_examples(data, step["num_examples"], args.data_dir)[0], []
         if step["mix"] != "none":
             mix = load_examples(step["mix"], round(step["mix_ratio"] * len(own)), args.data_dir, step["mix_words"])[0]
-        samples.append((sample(own, args.batch_size), sample(mix, round(step["mix_ratio"] * args.batch_size)) if mix else None))
+        samples.append((sample(own, args.batch_size), sample(mix, round(step["mix_ratio"] * args.batch_size), "mix") if mix else None))
 
     found = [[] for _ in steps]
     bar = tqdm(total=len(of_a) * len(steps), desc="gradients", disable=dist.get_rank() > 0)
     for k, batch in enumerate(of_a):
         loss, a = gradient(model, batch)
         losses.append(loss)
-        for (batches_b, batches_m), rows in zip(samples, found):
+        for step, (batches_b, batches_m), rows in zip(steps, samples, found):
             batch_b = batches_b[k % len(batches_b)]
             _, b = gradient(model, batch_b)
             row = {"AA": inner(a, a), "AB": inner(a, b), "BB": inner(b, b)}
@@ -378,8 +369,8 @@ def meter(args, path, facts, steps, lr, device):
                 _, m = gradient(model, batch_m)
                 row |= {"AM": inner(a, m), "MM": inner(m, m), "BM": inner(b, m)}
                 # The gradient of the union is the mean by answer tokens, as in training: appendix A.3's beta_1 and beta_2.
-                of_b, of_m = (sum(n_supervised(labels) for _, labels in examples) for examples in (batch_b, batch_m))
-                share = of_m / (of_b + of_m)
+                counts, weight = answer_tokens(batch_b + batch_m), step.get("mix_weight", 1)
+                share = weight * counts["mix"] / (counts["own"] + weight * counts["mix"])
                 union = [x.lerp(y, share) for x, y in zip(b, m)]
                 row["first_order"]["B+M"] = -lr * ((1 - share) * row["AB"] + share * row["AM"]).sum()
                 row["real"]["B+M"] = real_change(model, weights, union, lr, batch, loss)
@@ -393,7 +384,7 @@ def meter(args, path, facts, steps, lr, device):
 
 def gradient(model, batch):
     """(loss of a batch, its gradient: this rank's rows of each of the P parameters)."""
-    loss = batch_loss(model, batch, MICRO_TOKENS)
+    loss = train_step(model, batch, MICRO_TOKENS).loss
     gradients = [local(p.grad) for p in model.parameters()]
     model.zero_grad()
     return loss, gradients
@@ -411,7 +402,7 @@ def real_change(model, weights, direction, lr, batch, before):
     """What a plain gradient step of size lr really does to a batch's loss; the weights are put back."""
     for p, w, g in zip(model.parameters(), weights, direction):
         local(p).copy_(w - lr * g)
-    after = batch_loss(model, batch, MICRO_TOKENS, learn=False)
+    after = train_step(model, batch, MICRO_TOKENS, learn=False).loss
     for p, w in zip(model.parameters(), weights):
         local(p).copy_(w)
     return after - before
@@ -494,7 +485,7 @@ def transplant(args, path, lineage, device, rank):
             continue
         names = {name for _, names in parts[first : last + 1] for name in names}
         load_weights(model, args.transplant, only=names)
-        done[first, last] = [fact["id"] for fact, right in zip(facts, known(model, tokenizer, facts)) if right]
+        done[first, last] = [fact["id"] for fact, right in zip(facts, exact_matches(model, tokenizer, facts)) if right]
         load_weights(model, path, only=names)
         if rank == 0:
             with open(part, "a", encoding="utf-8") as lines:
@@ -549,8 +540,8 @@ def recover(args, path, lineage, device, rank):
     model = sharded(path, lineage[-1].get("precision", "bf16-mixed"), device)
 
     def ask(model):
-        with asking(model):
-            return known(model, tokenizer, facts)
+        with generation_mode(model):
+            return exact_matches(model, tokenizer, facts)
 
     before = ask(model)
     lost = [i for i, right in enumerate(before) if not right]
@@ -564,11 +555,11 @@ def recover(args, path, lineage, device, rank):
     result = {"facts": len(facts), "lost": len(lost), "trained": args.recover, "others": len(others), "steps": args.steps, "lr": lr, "arms": {}}
     for arm, examples in arms.items():
         load_weights(model, path)
-        encoded, log = [encode_example(tokenizer, example) for example in examples], [{"step": 0, "returned": 0, "kept": sum(before)}]
+        encoded, log = encode(tokenizer, examples), [{"step": 0, "returned": 0, "kept": sum(before)}]
         optimizer = AdamW(model.parameters())
         order = batches(len(encoded), args.batch_size, args.steps, args.seed)
         for step, (_, batch) in enumerate(itertools.islice(tqdm(order, total=args.steps, desc=arm, disable=rank > 0), args.steps), 1):
-            loss = batch_loss(model, [encoded[i] for i in batch], MICRO_TOKENS)
+            loss = train_step(model, [encoded[i] for i in batch], MICRO_TOKENS).loss
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.lr = learning_rate(step, args.steps, lr)
             optimizer.step()

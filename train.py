@@ -14,8 +14,8 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -24,58 +24,26 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 from data import (
-    DEFAULT_WORDS,
-    SETS,
-    DataError,
-    Parser,
-    copy_tokenizer,
-    encode_example,
-    epoch_order,
-    load_examples,
-    load_tokenizer,
-    micro_batches,
-    set_label,
-    write_file,
+    DEFAULT_WORDS, SETS, SOURCES, DataError, Parser, batches, copy_tokenizer, encode, familiarity, load_examples,
+    load_tokenizer, micro_batches, model_name, set_label, stage_facts, write_file,
 )
-from evaluate import (
-    check_vocabulary,
-    fail,
-    familiarity,
-    known,
-    leave,
-    model_name,
-    read_lineage,
-    setup_device,
-    stage_facts,
-)
+from evaluate import check_vocabulary, exact_matches, read_lineage
 from model import (
-    MANIFEST,
-    CheckpointError,
-    Config,
-    SaveError,
-    build_model,
-    from_all,
-    load_weights,
-    local,
-    local_rows,
-    naming,
-    rows_of,
-    save_model,
-    together,
-    verify,
-    weights_dtype,
-    whole,
-    write_json,
-    write_tensors,
+    MANIFEST, CheckpointError, Config, SaveError, all_gather, answer_positions, any_rank, build_model, end_process_group, fail,
+    full_tensor, generation_mode, load_weights, local, local_rows, raise_on_all_ranks, reshard, rows_of, save_model, setup_device,
+    verify, weights_dtype, write_json, write_tensors, writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -84,6 +52,14 @@ WARMUP = 0.05  # share of all steps
 LARGE = 3e9  # parameters from which a GPU recomputes activations unless told otherwise
 MICRO_TOKENS = {"cuda": 8192, "cpu": 768}  # of a micro-batch, unless told otherwise
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, for each weight
+
+
+def mix_weight(text):
+    """--mix-weight's value: "equal" or a number."""
+    weight = text if text == "equal" else float(text)
+    if weight != "equal" and not 0 <= weight < math.inf:
+        raise ValueError
+    return weight
 
 
 def parse_args():
@@ -100,6 +76,8 @@ def parse_args():
     add("--mix", default="none", help="D_M: random, another mixing set, a .jsonl file, or none")
     add("--mix-ratio", type=float, default=2.0, help="examples of D_M for each of the set's own")
     add("--mix-words", type=int, default=DEFAULT_WORDS, help="length of D_M's passages in words")
+    add("--mix-weight", type=mix_weight, default=1.0, metavar="W",
+        help="weight of an answer token of D_M in the loss; 0 does not compute D_M's rows, equal gives D_M in all the weight of the facts")  # fmt: skip
     add("--replay", type=float, default=0.0, help="share of each earlier stage's facts that joins this stage (section 3.2)")
     add("--data-dir", default="data", help="folder of flat files")
     # from where to where
@@ -130,6 +108,8 @@ def parse_args():
     for name in ("stage", "num_examples", "mix_words", "batch_size", "epochs", "max_length", "eval_facts"):
         if getattr(args, name) < 1:
             raise DataError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.mix_weight != 1 and args.mix == "none":
+        raise DataError("--mix-weight weighs D_M, so it goes with --mix")
     if not 0 <= args.mix_ratio < math.inf or not 0 <= args.replay <= 1 or min(args.eval_every, args.save_every, args.dry_run or 0) < 0:
         raise DataError("--mix-ratio, --eval-every, --save-every and --dry-run cannot be negative, and --replay lies between 0 and 1")
     for name in ("lr", "micro_tokens", "gpu_memory"):
@@ -143,13 +123,17 @@ def parse_args():
         args.stop_loss = SETS[args.data].stop_loss if args.data in SETS else 1e-4
     if not args.out:
         mix = "" if args.mix == "none" else f"+{set_label(args.mix)}"
+        mix += "" if args.mix_weight == 1 else f".m{args.mix_weight}".removesuffix(".0")
         parent = Path("runs") / Path(args.model).name if args.stage == 1 else Path(args.model)
         args.out = str(parent / f"{set_label(args.data)}{mix}-s{args.seed}")
     return args
 
 
+# ---------------------------------------------------------------- the examples of a stage
+
+
 def gather_examples(args, lineage):
-    """(all examples of the stage, what run.json says of them): the set's own, then ratio x as many of D_M, then replayed facts."""
+    """({source: examples}, what run.json says of them): the set's own, ratio x as many of D_M, facts of earlier stages."""
     base_model = lineage[0]["base_model"] if lineage else args.model
     kept = "" if args.unfiltered else familiarity(args.data, base_model, args.data_dir)
     own, sha256 = load_examples(f"{args.data}.{kept}" if kept else args.data, args.num_examples, args.data_dir)
@@ -161,30 +145,337 @@ def gather_examples(args, lineage):
         facts = stage_facts(earlier, args.data_dir)
         replayed += random.Random(f"replay {args.seed}").sample(facts, round(args.replay * len(facts)))
     counts |= {"num_mix": len(mix), "num_replay": len(replayed)}
-    return own + mix + replayed, counts
+    return {"own": own, "mix": mix, "replay": replayed}, counts
 
 
 def encode_stage(args, lineage, tokenizer):
-    """(ids of the examples, their tokens and labels, what run.json says of them), without those that have no answer to learn."""
-    examples, counts = gather_examples(args, lineage)
-    names = [example["id"] for example in examples]
-    encoded = [encode_example(tokenizer, example, args.max_length) for example in examples]
-    cut = [name for name, (_, labels) in zip(names, encoded) if not n_supervised(labels)]
+    """(the stage's EncodedExamples, what run.json says of them), without those that have no answer to learn."""
+    gathered, counts = gather_examples(args, lineage)
+    encoded = []
+    for source in SOURCES:
+        encoded += encode(tokenizer, gathered[source], source, args.max_length)
+    kept = [example for example in encoded if example.n_supervised]
+    cut = [example.id for example in encoded if not example.n_supervised]
     if cut and int(os.environ.get("RANK", 0)) == 0:
         print(f"{len(cut)} examples have no answer within --max-length {args.max_length} and are left out, first {cut[0]}")
-    kept = [(name, row) for name, row in zip(names, encoded) if n_supervised(row[1])]
     if not kept:
         raise DataError(f"no example has an answer within --max-length {args.max_length}; raise it")
-    names, encoded = zip(*kept)
-    return names, encoded, counts | {"num_cut": len(cut)}
+    return kept, counts | {"num_cut": len(cut)}
 
 
-def n_supervised(labels):
-    return sum(label != -100 for label in labels)
+def answer_tokens(examples):
+    """{source: answer tokens} of EncodedExamples."""
+    counts = Counter()
+    for example in examples:
+        counts[example.source] += example.n_supervised
+    return counts
+
+
+def resolve_mix_weight(weight, examples):
+    """--mix-weight as a number: "equal" gives D_M's answer tokens in all the weight that those of own and replayed facts have."""
+    if weight != "equal":
+        return weight
+    counts = answer_tokens(examples)
+    if not counts["mix"]:
+        raise DataError("--mix-weight equal: D_M has no answer tokens; raise --mix-ratio or --max-length")
+    return (counts["own"] + counts["replay"]) / counts["mix"]
+
+
+def computed(batch, mix_weight):
+    """The examples of a batch that count in its loss."""
+    return [example for example in batch if mix_weight or example.source != "mix"]
+
+
+# ---------------------------------------------------------------- the model and its step
+
+
+def build_sharded(config, device, precision="bf16-mixed", checkpoint_activations=None, compile=False, shard=None):
+    """A model with room for this rank's share of its weights, which are still to be loaded.
+
+    precision, checkpoint_activations and compile are train.py's options; shard: whether by FSDP, as with several ranks it always is.
+    """
+    world = dist.get_world_size()
+    shard = world > 1 if shard is None else shard
+    model = build_model(config, torch.bfloat16 if precision == "bf16" else torch.float32, "meta" if shard else device)
+    model.checkpoint_activations = recompute(checkpoint_activations, sum(param.numel() for param in model.parameters()), device.type)
+    half = torch.bfloat16 if precision == "bf16-mixed" else None
+    for block in model.model.layers if compile else []:
+        block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
+    if shard:
+        # A second of a start that a rank alone need not wait for.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        # cast_forward_inputs would round the cosines and sines of the positions.
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (world,))
+        for module in [*model.model.layers, model]:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        model.to_empty(device=device)
+    else:
+        model.compute_dtype = half  # a rank alone has nothing to gather, only to cast
+    return model
+
+
+def recompute(asked, n_params, device_type):
+    """Whether activations are computed again in the backward pass; asked: --checkpoint-activations."""
+    return asked if asked is not None else device_type == "cuda" and n_params >= LARGE
+
+
+def starting_model(path, config, device, precision):
+    """The model with the weights that a stage starts from (theta_A), frozen and shared out over the ranks as the trained one is."""
+    model = build_sharded(config, device, precision)
+    load_weights(model, path)
+    return model.requires_grad_(False)
+
+
+@dataclass
+class StepLoss:
+    """The loss of a batch, over all ranks."""
+
+    loss: float  # that is trained: a mean over answer tokens, those of D_M counting mix_weight each
+    losses: dict  # {source: mean loss of its answer tokens}, of the sources that the batch has
+    answer_tokens: dict  # {source: how many}
+
+
+def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, learn=True):
+    """The StepLoss of a batch of EncodedExamples; learn: its gradient is left in the parameters. None where no example counts.
+
+    The loss is (loss summed over answer tokens of own and replayed facts + mix_weight x that over D_M's) / (their number +
+    mix_weight x D_M's number), the same for any number of ranks and for micro-batches of any size (most tokens, padding
+    included). reference() is the model as the stage began (theta_A), loaded when first asked for: a penalty would ask here.
+    """
+    batch = computed(batch, mix_weight)
+    if not batch:
+        return None
+    rank, world, device = dist.get_rank(), dist.get_world_size(), model.model.embed_tokens.weight.device
+    # Counted before the first backward pass: every micro-batch's gradient is a part of the whole batch's mean.
+    counts = answer_tokens(batch)
+    n_tokens = counts["own"] + counts["replay"] + mix_weight * counts["mix"]
+    weights = torch.tensor([mix_weight if source == "mix" else 1.0 for source in SOURCES], device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    by_source = torch.zeros(len(SOURCES), dtype=torch.float64, device=device)
+    groups = micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, world)
+    for k in range(0, len(groups), world):
+        ids, labels, sources = collate([batch[i] for i in groups[k + rank]], device)
+        (rows, columns), targets = answer_positions(labels)
+        sources = sources[rows]  # of each answer token (n,)
+        with torch.set_grad_enabled(learn):
+            log_probs = model(ids, logit_positions=(rows, columns)).float().log_softmax(-1)  # (n, V)
+            losses = F.nll_loss(log_probs, targets, reduction="none")  # (n,)
+            if mix_weight in (0, 1):
+                loss_sum = F.nll_loss(log_probs, targets, reduction="sum")
+            else:
+                loss_sum = losses @ weights[sources]
+        if learn:
+            # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
+            (loss_sum * world / n_tokens).backward()
+        total += loss_sum.detach()
+        by_source += (sources == torch.arange(len(SOURCES), device=device)[:, None]).double() @ losses.detach().double()
+    sums = torch.cat([total[None], by_source])
+    dist.all_reduce(sums)
+    if not learn:
+        reshard(model)
+    total, *by_source = sums.tolist()
+    losses = {source: summed / counts[source] for source, summed in zip(SOURCES, by_source) if counts[source]}
+    return StepLoss(total / n_tokens, losses, dict(counts))
+
+
+def collate(examples, device):
+    """ids and labels (B, T) of EncodedExamples, padded on the right to the longest, and their sources (B,) as places in SOURCES.
+
+    No examples give one unsupervised token, for a rank that only makes the passes of the others.
+    """
+    longest = max((len(example.ids) for example in examples), default=1)
+    ids = torch.zeros(max(1, len(examples)), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        labels[row, : len(example.ids)] = torch.tensor(example.labels)
+    sources = torch.tensor([SOURCES.index(example.source) for example in examples] or [0])
+    return ids.to(device), labels.to(device), sources.to(device)
+
+
+def main():
+    """One stage, from its options to a finished checkpoint."""
+    args = parse_args()
+    config, lineage = Config.from_folder(args.model), read_lineage(args.model)
+    if args.stage != len(lineage) + 1:
+        raise DataError(f"{args.model}: has {len(lineage)} stages behind it, so the next is --stage {len(lineage) + 1}")
+    out = Path(args.out)
+    if out.resolve() == Path(args.model).resolve():
+        raise DataError(f"{out}: holds the model to start from; give another --out")
+    tokenizer = load_tokenizer(args.model)
+    check_vocabulary(tokenizer, config, args.model)
+    if args.dry_run is not None:
+        return plan(args, config, lineage, tokenizer)
+
+    device, rank, world = setup_device()
+    if device.type == "cpu":
+        keep_freed_memory()
+    say = print if rank == 0 else lambda *_: None
+    terminated = []
+    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))  # seen at the end of a step
+    # A folder is one run's: rank 0 locks its log, and finds the state that an earlier attempt left.
+    log, state = None, None
+    with raise_on_all_ranks():
+        if rank == 0:
+            log, state = claim(out, args.resume)
+    state = all_gather(state)[0]
+
+    # What the stage learns. A machine's first rank builds what is missing, the others read it; all must have the same.
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):
+        with raise_on_all_ranks():
+            if turn == first:
+                examples, counts = encode_stage(args, lineage, tokenizer)
+                earlier = facts_of_earlier_stages(args, lineage)
+    args.lr = args.lr or LEARNING_RATES[config.model_type]
+    args.mix_weight = resolve_mix_weight(args.mix_weight, examples)
+    settings = all_settings(args, counts, examples, config, lineage)
+    if len(set(all_gather(sha256_of(settings)))) > 1:
+        raise DataError(f"{args.data_dir}: the ranks were given different data or settings; copy one machine's folder to all others")
+
+    # Nothing here draws random numbers and an epoch's order depends on the seed alone: a run's position is its step.
+    position, files = load_state(state, settings) if state else (Position(), None)
+    model = build_sharded(config, device, args.precision, args.checkpoint_activations, args.compile)
+    optimizer = AdamW(model.parameters())
+    if state:
+        restore(files, position, model, optimizer)
+    else:
+        load_weights(model, args.model)
+    reference = functools.cache(functools.partial(starting_model, args.model, config, device, args.precision))
+    with raise_on_all_ranks():
+        if rank == 0:
+            rewind(log, position.log_bytes)
+    order = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
+    micro_tokens, total = args.micro_tokens or MICRO_TOKENS[device.type], len(order)
+    announce(say, args, counts, examples, total, f"{world} x {device.type} -> {out}")
+    if args.resume:
+        say(f"goes on after step {position.step} of {state}" if state else f"no state in {out}: begins at the first step")
+
+    def record(row):
+        if rank == 0:
+            with writing(out / "metrics.jsonl"):
+                log.write(json.dumps(row) + "\n")
+
+    stopped_by = "epochs"
+    bar = tqdm(total=total, initial=position.step, desc=f"stage {args.stage}", unit="step", disable=rank > 0)
+    for step in range(position.step + 1, total + 1):
+        began = time.perf_counter()
+        # Every example once an epoch, facts and D_M shuffled together, in an order that seed and epoch alone decide.
+        epoch, indices = order[step - 1]
+        batch = [examples[i] for i in indices]
+        # The loss, and its gradient in the parameters; None where weight 0 leaves nothing of a batch.
+        found = train_step(model, batch, micro_tokens, args.mix_weight, reference)
+        # The schedule counts steps, with an update or without: a control's facts meet the rates that the mixed run's meet.
+        optimizer.lr = learning_rate(step, total, args.lr)
+        grad_norm = None
+        if found:
+            # One outlier must not undo the stage: the gradient is cut to length 1.
+            grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+            if not math.isfinite(found.loss) or not math.isfinite(grad_norm):
+                # Every rank has the same two numbers, so all of them stop here, before any weight has changed.
+                names = ", ".join(example.id for example in batch)
+                fail(f"step {step}: loss {found.loss}, gradient norm {grad_norm}; nothing was updated. The batch was: {names}", 1)
+            optimizer.step()
+            optimizer.zero_grad()
+            position.loss, position.updates = found.loss, position.updates + 1
+            position.hits = position.hits + 1 if found.loss < args.stop_loss else 0
+        position.step = step
+
+        # The log holds what was trained, and of facts and D_M apart how well each is known by now.
+        tokens, seconds = sum(len(example.ids) for example in computed(batch, args.mix_weight)), time.perf_counter() - began
+        row = {"step": step, "epoch": epoch, "loss": None, "lr": optimizer.lr, "grad_norm": grad_norm, "tokens": tokens, "seconds": round(seconds, 4)}
+        record(row | asdict(found) if found else row)
+        bar.update()
+        shown = f"loss {found.loss:.5f}" if found else "no fact in the batch, no update"
+        bar.set_postfix_str(f"{shown}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s")
+        # What is left of the earlier stages is the question of the whole experiment: look on the way, not only at the end.
+        if earlier and args.eval_every and step % args.eval_every == 0:
+            for name, accuracy in check_retention(model, tokenizer, earlier).items():
+                record({"step": step, "data": name, "accuracy": accuracy})
+                bar.write(f"step {step}: {name} {accuracy:.1f}%") if rank == 0 else None
+        # Appendix B.4: a stage ends when its loss has stayed below the threshold.
+        if position.hits == STOP_HITS:
+            stopped_by = "loss"
+            break
+        # A kill must not cost more than --save-every steps, and SIGTERM, on whichever rank it came in, none.
+        signalled = any_rank(terminated, device)
+        if step < total and (signalled or args.save_every and step % args.save_every == 0):
+            position.log_bytes = synced_size(log)
+            state = save_state(out, model, optimizer, position, settings)
+            if signalled:
+                stopped_by = "SIGTERM"
+                break
+    bar.close()
+
+    if stopped_by != "SIGTERM":
+        # Weights in the base model's own type, then its tokenizer, and last the lineage: a folder with run.json is complete.
+        save_model(model, out, weights_dtype(args.model))
+        with raise_on_all_ranks(), writing(out):
+            if rank == 0:
+                synced_size(log)
+                copy_tokenizer(args.model, out)
+                outcome = {"steps": step, "updates": position.updates, "final_loss": position.loss, "stopped_by": stopped_by}
+                write_file(out / "run.json", json.dumps([*lineage, run_entry(args, counts) | outcome], indent=2) + "\n")
+                for old in out.glob("state-*"):
+                    shutil.rmtree(old)
+        idle = step - position.updates
+        without = f"; {idle} of the batches held no fact and gave no update" if idle else ""
+        say(f"{out}: {step} steps, loss {position.loss:.2e}, stopped by {stopped_by}{without}")
+    del model, optimizer, reference
+    end_process_group()
+    if stopped_by == "SIGTERM" and rank > 0:
+        sys.exit(128 + signal.SIGTERM)
+    if stopped_by == "SIGTERM":
+        fail(f"SIGTERM: stopped after step {step}, saved in {state}; go on with --resume", 128 + signal.SIGTERM)
+
+
+def facts_of_earlier_stages(args, lineage):
+    """{name: the facts of each earlier stage that a retention check asks}."""
+    earlier = {}
+    for entry in lineage:
+        facts = stage_facts(entry, args.data_dir)
+        if facts:
+            earlier[set_label(entry["data"])] = facts[: args.eval_facts]
+    return earlier
+
+
+def run_entry(args, counts):
+    """What run.json says of a stage, but for how it went."""
+    names = ("stage", "data", "num_examples", "mix", "mix_ratio", "mix_words", "replay", "seed", "lr", "batch_size", "epochs", "precision")
+    return {name: getattr(args, name) for name in names} | counts | {"mix_weight": args.mix_weight}
+
+
+# Options that decide neither weights nor log, so that --resume may change them: what the first three name is compared by its
+# content, the next three change no more than roundings, and the last four only what is saved or said.
+FREE_OPTIONS = {"model", "out", "data_dir", "micro_tokens", "checkpoint_activations", "compile", "save_every", "resume", "dry_run", "gpu_memory"}
+
+
+def all_settings(args, counts, examples, config, lineage):
+    """All that decides a run's weights and log: its state keeps it, and --resume compares it."""
+    options = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
+    tokens = [(example.ids, example.labels, example.source) for example in examples]
+    contents = {"tokens_sha256": sha256_of(tokens), "config_sha256": sha256_of(config.raw), "lineage_sha256": sha256_of(lineage)}
+    return options | counts | {"base_model": model_name(counts["base_model"])} | contents
 
 
 def sha256_of(value):
+    """Of what JSON writes of a value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def announce(say, args, counts, examples, total, where):
+    """The line that says what a run is about to do."""
+    chosen = f" {counts['familiarity']} to {model_name(counts['base_model'])}" if counts["familiarity"] else ""
+    weight = f" of weight {args.mix_weight:.4g}" if args.mix_weight != 1 else ""
+    tokens = sum(len(example.ids) for example in computed(examples, args.mix_weight))
+    say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {counts['num_mix']} x {args.mix}{weight}, {counts['num_replay']} replayed; "
+        f"{tokens} tokens an epoch, at most {total} steps, lr {args.lr}, {where}")  # fmt: skip
+
+
+# ---------------------------------------------------------------- the optimizer, and what is asked on the way
 
 
 class AdamW:
@@ -207,73 +498,6 @@ class AdamW:
             param.grad = None
 
 
-def build_sharded(args, config, device, shard=None):
-    """The model with room for this rank's share of its weights, and its optimizer; shard: whether by FSDP, as with several ranks it always is."""
-    world = dist.get_world_size()
-    shard = world > 1 if shard is None else shard
-    model = build_model(config, torch.bfloat16 if args.precision == "bf16" else torch.float32, "meta" if shard else device)
-    model.checkpoint_activations = recompute(args, sum(param.numel() for param in model.parameters()), device.type)
-    half = torch.bfloat16 if args.precision == "bf16-mixed" else None
-    for block in model.model.layers if args.compile else []:
-        block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
-    if shard:
-        # A second of a start that a rank alone need not wait for.
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        # cast_forward_inputs would round the cosines and sines of the positions.
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mesh = init_device_mesh(device.type, (world,))
-        for module in [*model.model.layers, model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-        model.to_empty(device=device)
-    else:
-        model.compute_dtype = half  # a rank alone has nothing to gather, only to cast
-    return model, AdamW(model.parameters())
-
-
-def recompute(args, n_params, device_type):
-    """Whether activations are computed again in the backward pass."""
-    return args.checkpoint_activations if args.checkpoint_activations is not None else device_type == "cuda" and n_params >= LARGE
-
-
-def batches(n, batch_size, epochs, seed):
-    """(epoch, indices) of each step: every example once an epoch, the last batch as small as it comes."""
-    for epoch in range(epochs):
-        order = epoch_order(n, seed, epoch)
-        for start in range(0, n, batch_size):
-            yield epoch, order[start : start + batch_size]
-
-
-def collate(examples, device):
-    """ids and labels (B, T) of encoded examples, padded on the right to the longest; an empty list gives one unsupervised token."""
-    examples = examples or [([0], [-100])]
-    longest = max(len(ids) for ids, _ in examples)
-    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in examples])
-    labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in examples])
-    return ids.to(device), labels.to(device)
-
-
-def batch_loss(model, batch, micro_tokens, learn=True):
-    """The mean loss of an answer token of a batch, [(ids, labels), ...], over all ranks; learn: leaves its gradient in the parameters."""
-    rank, world, device = dist.get_rank(), dist.get_world_size(), model.model.embed_tokens.weight.device
-    n_tokens = sum(n_supervised(labels) for _, labels in batch)
-    groups = micro_batches({i: len(ids) for i, (ids, _) in enumerate(batch)}, micro_tokens, world)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for k in range(0, len(groups), world):
-        ids, labels = collate([batch[i] for i in groups[k + rank]], device)
-        with torch.set_grad_enabled(learn):
-            micro_sum, _ = model(ids, labels=labels)
-        if learn:
-            # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
-            (micro_sum * world / n_tokens).backward()
-        total += micro_sum.detach()
-    dist.all_reduce(total)
-    if not learn:
-        reshard(model)
-    return total.item() / n_tokens
-
-
 def learning_rate(step, total, peak):
     """Of step 1 ... total: linear warm-up over the first 5%, then a cosine to zero."""
     warmup = max(1, round(WARMUP * total))
@@ -285,35 +509,32 @@ def learning_rate(step, total, peak):
 def check_retention(model, tokenizer, facts):
     """{name: accuracy in %} on earlier stages' facts."""
     accuracies = {}
-    with asking(model):
+    with generation_mode(model):
         for name, examples in facts.items():
-            accuracies[name] = 100 * sum(known(model, tokenizer, examples)) / len(examples)
+            accuracies[name] = 100 * sum(exact_matches(model, tokenizer, examples)) / len(examples)
     return accuracies
 
 
-@contextlib.contextmanager
-def asking(model):
-    """A model in training answers questions in this block: its weights are cast once for all tokens."""
-    masters = {param: param.data for param in model.parameters()} if model.compute_dtype else {}
-    for param in masters:
-        param.data = param.data.to(model.compute_dtype)
-    # Lengths change with every token: nothing to compile for.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with torch.no_grad(), eager:
-        yield
-    for param, master in masters.items():
-        param.data = master
-    reshard(model)
-
-
-def reshard(model):
-    """Without a backward pass the gathered weights stay: put the sharded ones, which the optimizer owns, back in place."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+def keep_freed_memory():
+    """Have glibc keep what is freed between steps: from the kernel it would come back zeroed, which is a tenth of a CPU step."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 # ---------------------------------------------------------------- the state of an unfinished run
+
+
+@dataclass
+class Position:
+    """How far a run has come: with the weights and their moments all that it needs to go on."""
+
+    step: int = 0  # the last one made
+    updates: int = 0  # steps that changed the weights: all but those whose batch held nothing to compute
+    hits: int = 0  # consecutive updates with a loss below --stop-loss
+    loss: float | None = None  # of the last update
+    log_bytes: int = 0  # of metrics.jsonl
 
 
 def claim(out, resume):
@@ -338,26 +559,26 @@ def claim(out, resume):
     return log, states[-1] if states else None
 
 
-def save_state(out, model, optimizer, **position):
+def save_state(out, model, optimizer, position, settings):
     """Write out/state-STEP: for each rank a file with its rows of every weight and of its moments, and last the manifest.
 
     The folder gets its name only when it is whole, and only then do older states go: a kill at any moment leaves one to go on from.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    target = out / f"state-{position['step']:06d}"
+    target = out / f"state-{position.step:06d}"
     unfinished = target.with_suffix(".tmp")
     tensors = {name: local(param) for name, param in model.named_parameters()}
     tensors |= {f"{name}.{key}": local(optimizer.state[param][key]) for name, param in model.named_parameters() for key in MOMENTS}
     try:
-        with together(), naming(unfinished):
+        with raise_on_all_ranks(), writing(unfinished):
             unfinished.mkdir(exist_ok=True)
-        with together():
+        with raise_on_all_ranks():
             file = f"rank-{rank:05d}-of-{world:05d}.safetensors"
             digest = write_tensors(unfinished / file, {name: (t.dtype, t.shape) for name, t in tensors.items()}, tensors.values())
-        files = dict(from_all((file, digest)))
-        with together():
+        files = dict(all_gather((file, digest)))
+        with raise_on_all_ranks():
             if rank == 0:
-                write_json(unfinished / MANIFEST, position | {"files": files})
+                write_json(unfinished / MANIFEST, {"position": asdict(position), "settings": settings, "files": files})
                 os.replace(unfinished, target)
                 for old in out.glob("state-*"):
                     if old != target:
@@ -369,22 +590,24 @@ def save_state(out, model, optimizer, **position):
 
 
 def load_state(state, settings):
-    """The manifest of a state whose files are whole and whose run had the same settings."""
+    """(Position, its files in the order of their ranks) of a state whose files are whole and whose run had the same settings."""
     manifest = verify(state, f"restore it, or remove {state.parent} to begin again")
+    if not manifest.keys() >= {"position", "settings"}:
+        raise DataError(f"{state}: written by an earlier version of this code; go on with that one, or remove {state.parent} to begin again")
     settings, then = json.loads(json.dumps(settings)), manifest["settings"]
     changed = [f"{key} was {then.get(key)}, now {settings.get(key)}" for key in settings | then if settings.get(key) != then.get(key)]
     if changed:
         raise DataError(f"{state}: of a run with other settings: {'; '.join(changed)}; give the same, or another --out")
-    return manifest
+    return Position(**manifest["position"]), [state / file for file in sorted(manifest["files"])]
 
 
-def restore(state, manifest, model, optimizer):
-    """Fill model and optimizer with this rank's rows, whatever the number of ranks that wrote them."""
+def restore(files, position, model, optimizer):
+    """Fill model and optimizer with this rank's rows, whatever the number of ranks that wrote the files."""
     with contextlib.ExitStack() as stack:
-        shards = [stack.enter_context(safe_open(state / file, framework="pt")) for file in sorted(manifest["files"])]
+        shards = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         for name, param in model.named_parameters():
             moments = {key: torch.zeros_like(param) for key in MOMENTS}
-            optimizer.state[param] = {"step": torch.tensor(float(manifest["step"]), device=local(param).device)} | moments
+            optimizer.state[param] = {"step": torch.tensor(float(position.updates), device=local(param).device)} | moments
             first, last = local_rows(param)
             for key, tensor in {name: param.detach(), **{f"{name}.{key}": moment for key, moment in moments.items()}}.items():
                 for rank, shard in enumerate(shards):
@@ -392,6 +615,13 @@ def restore(state, manifest, model, optimizer):
                     start, stop = max(first, begin), min(last, end)
                     if start < stop:
                         local(tensor)[start - first : stop - first] = shard.get_slice(key)[start - begin : stop - begin]
+
+
+def synced_size(log):
+    """The bytes of the log, all of them on the disk; None where another rank has it."""
+    if log:
+        os.fsync(log.fileno())
+        return log.tell()
 
 
 def rewind(log, size):
@@ -410,20 +640,24 @@ def plan(args, config, lineage, tokenizer):
         return
     ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
     gpu = args.gpu_memory is not None or torch.cuda.is_available()
-    _, encoded, _ = encode_stage(args, lineage, tokenizer)
-    lengths = [len(ids) for ids, _ in encoded]
-    total = args.epochs * -(-len(encoded) // args.batch_size)
+    examples, _ = encode_stage(args, lineage, tokenizer)
+    weight = resolve_mix_weight(args.mix_weight, examples)
+    tokens = sum(len(example.ids) for example in computed(examples, weight))  # an epoch
+    total = args.epochs * math.ceil(len(examples) / args.batch_size)
     model = build_model(config, torch.float32)
     n_params = sum(param.numel() for param in model.parameters())
 
-    recomputes = recompute(args, n_params, "cuda" if gpu else "cpu")
+    recomputes = recompute(args.checkpoint_activations, n_params, "cuda" if gpu else "cpu")
 
     def need(ranks=ranks, precision=args.precision, recomputed=recomputes):
         micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if gpu else "cpu"]
-        groups = [group for _, batch in batches(len(encoded), args.batch_size, 1, args.seed)
-                  for group in micro_batches({i: lengths[i] for i in batch}, micro_tokens, ranks)]  # fmt: skip
-        padded = [(len(group), max((lengths[i] for i in group), default=1)) for group in groups]
-        answers = max(sum(n_supervised(encoded[i][1]) for i in group) for group in groups)
+        padded, answers = [], 0
+        for _, indices in batches(len(examples), args.batch_size, 1, args.seed):
+            batch = computed([examples[i] for i in indices], weight)
+            lengths = {i: len(example.ids) for i, example in enumerate(batch)}
+            for group in micro_batches(lengths, micro_tokens, ranks):
+                padded.append((len(group), max((lengths[i] for i in group), default=1)))
+                answers = max(answers, sum(batch[i].n_supervised for i in group))
         return memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu)
 
     if args.gpu_memory:
@@ -440,7 +674,7 @@ def plan(args, config, lineage, tokenizer):
     disk, free = checkpoint + state * (2 if 0 < args.save_every < total else 1), shutil.disk_usage(folder).free
     gb = lambda size: f"{size / 1e9:.1f}" if size >= 5e7 else f"{size / 1e9:.3f}"
     print(f"{args.model}: {n_params / 1e9:.3f} billion parameters, {args.precision}, {ranks} rank{'s' * (ranks > 1)}")
-    print(f"data: {len(encoded)} examples, {sum(lengths)} tokens an epoch, at most {total} steps and {args.epochs * sum(lengths)} tokens")
+    print(f"data: {len(examples)} examples, {tokens} tokens an epoch, at most {total} steps and {args.epochs * tokens} tokens")
     print(f"memory {of}: {gb(sum(parts.values()))} GB = " + " + ".join(f"{what} {gb(size)}" for what, size in parts.items()))
     print(f"disk: checkpoint {gb(checkpoint)} GB, state {gb(state)} GB; at most {gb(disk)} GB, {gb(free)} GB are free for {args.out}")
     problems = []
@@ -509,140 +743,6 @@ def available_memory():
         return int(lines["MemAvailable"].split()[0]) * 1024
     except OSError:  # not Linux: what it has at all
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-# ---------------------------------------------------------------- the run
-
-
-def keep_freed_memory():
-    """Have glibc keep what is freed between steps: from the kernel it would come back zeroed, which is a tenth of a CPU step."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def main():
-    args = parse_args()
-    config, lineage = Config.from_folder(args.model), read_lineage(args.model)
-    if args.stage != len(lineage) + 1:
-        raise DataError(f"{args.model}: has {len(lineage)} stages behind it, so the next is --stage {len(lineage) + 1}")
-    out = Path(args.out)
-    if out.resolve() == Path(args.model).resolve():
-        raise DataError(f"{out}: holds the model to start from; give another --out")
-    tokenizer = load_tokenizer(args.model)
-    check_vocabulary(tokenizer, config, args.model)
-    if args.dry_run is not None:
-        return plan(args, config, lineage, tokenizer)
-
-    device, rank, world = setup_device()
-    if device.type == "cpu":
-        keep_freed_memory()
-    say = print if rank == 0 else lambda *_: None
-    terminated = []
-    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))  # seen at the end of a step
-    log, state = None, None
-    with together():
-        if rank == 0:
-            log, state = claim(out, args.resume)
-    state = from_all(state)[0]
-
-    # What the stage learns. A machine's first rank builds what is missing, the others read it; all must have the same.
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    for turn in (True, False):
-        with together():
-            if turn == first:
-                names, encoded, counts = encode_stage(args, lineage, tokenizer)
-                earlier = {set_label(e["data"]): facts[: args.eval_facts] for e in lineage if (facts := stage_facts(e, args.data_dir))}
-    lr = args.lr or LEARNING_RATES[config.model_type]
-    entry = {"stage": args.stage, "data": args.data, "num_examples": args.num_examples, "mix": args.mix, "mix_ratio": args.mix_ratio,
-             "mix_words": args.mix_words, "replay": args.replay, "seed": args.seed, "lr": lr, "batch_size": args.batch_size,
-             "epochs": args.epochs, "precision": args.precision} | counts  # fmt: skip
-    # All that decides the weights and the log. Ranks, micro-batches, recomputing and compiling change no more than roundings.
-    settings = entry | {"base_model": model_name(counts["base_model"]), "stop_loss": args.stop_loss, "max_length": args.max_length,
-                        "eval_every": args.eval_every, "eval_facts": args.eval_facts, "tokens_sha256": sha256_of(encoded),
-                        "config_sha256": sha256_of(config.raw), "lineage_sha256": sha256_of(lineage)}  # fmt: skip
-    if len(set(from_all(sha256_of(settings)))) > 1:
-        raise DataError(f"{args.data_dir}: the ranks were given different data or settings; copy one machine's folder to all others")
-
-    model, optimizer = build_sharded(args, config, device)
-    # Nothing here draws random numbers and an epoch's order depends on the seed alone: a run's position is its step.
-    step, hits = 0, 0
-    if state:
-        manifest = load_state(state, settings)
-        restore(state, manifest, model, optimizer)
-        step, hits = manifest["step"], manifest["hits"]
-    else:
-        load_weights(model, args.model)
-    with together():
-        if rank == 0:
-            rewind(log, manifest["log_bytes"] if state else 0)
-
-    micro_tokens = args.micro_tokens or MICRO_TOKENS[device.type]
-    total = args.epochs * -(-len(encoded) // args.batch_size)
-    chosen = f" {counts['familiarity']} to {model_name(counts['base_model'])}" if counts["familiarity"] else ""
-    say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {counts['num_mix']} x {args.mix}, {counts['num_replay']} replayed; "
-        f"{sum(len(ids) for ids, _ in encoded)} tokens an epoch, at most {total} steps, lr {lr}, {world} x {device.type} -> {out}")  # fmt: skip
-    if args.resume:
-        say(f"goes on after step {step} of {state}" if state else f"no state in {out}: begins at the first step")
-
-    def record(row):
-        if rank == 0:
-            with naming(out / "metrics.jsonl"):
-                log.write(json.dumps(row) + "\n")
-
-    bar = tqdm(total=total, initial=step, desc=f"stage {args.stage}", unit="step", disable=rank > 0)
-    stopped_by = "epochs"
-    steps = enumerate(batches(len(encoded), args.batch_size, args.epochs, args.seed), 1)
-    for step, (epoch, batch) in itertools.islice(steps, step, None):  # noqa: B020 (from the step before on)
-        began = time.perf_counter()
-        loss = batch_loss(model, [encoded[i] for i in batch], micro_tokens)
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            # Every rank has the same two numbers, so all of them stop here.
-            fail(f"step {step}: loss {loss}, gradient norm {grad_norm}; nothing was updated. The batch was: {', '.join(names[i] for i in batch)}", 1)
-        optimizer.lr = learning_rate(step, total, lr)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        tokens, seconds = sum(len(encoded[i][0]) for i in batch), time.perf_counter() - began
-        record({"step": step, "epoch": epoch, "loss": loss, "lr": optimizer.lr, "grad_norm": grad_norm, "tokens": tokens, "seconds": round(seconds, 4)})
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.5f}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s")
-        if earlier and args.eval_every and step % args.eval_every == 0:
-            for name, accuracy in check_retention(model, tokenizer, earlier).items():
-                record({"step": step, "data": name, "accuracy": accuracy})
-                bar.write(f"step {step}: {name} {accuracy:.1f}%") if rank == 0 else None
-        hits = hits + 1 if loss < args.stop_loss else 0
-        if hits == STOP_HITS:
-            stopped_by = "loss"
-            break
-        signalled = torch.tensor(len(terminated), device=device)
-        dist.all_reduce(signalled)  # on any rank
-        if step < total and (signalled or args.save_every and step % args.save_every == 0):
-            state = save_state(out, model, optimizer, step=step, hits=hits, log_bytes=log.tell() if log else 0, settings=settings)
-            if signalled:
-                stopped_by = "SIGTERM"
-                break
-    bar.close()
-
-    if stopped_by != "SIGTERM":
-        # Weights in the base model's own type, then its tokenizer, and last the lineage: a folder with run.json is complete.
-        save_model(model, out, weights_dtype(args.model))
-        with together(), naming(out):
-            if rank == 0:
-                copy_tokenizer(args.model, out)
-                entry |= {"steps": step, "final_loss": loss, "stopped_by": stopped_by}
-                write_file(out / "run.json", json.dumps(lineage + [entry], indent=2) + "\n")
-                for old in out.glob("state-*"):
-                    shutil.rmtree(old)
-        say(f"{out}: {step} steps, loss {loss:.2e}, stopped by {stopped_by}")
-    del model, optimizer
-    leave()
-    if stopped_by == "SIGTERM" and rank > 0:
-        sys.exit(128 + signal.SIGTERM)
-    if stopped_by == "SIGTERM":
-        fail(f"SIGTERM: stopped after step {step}, saved in {state}; go on with --resume", 128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ class Ours:
         from model import Config, load_weights
 
         self.device, self.micro_tokens = torch.device(device), train.MICRO_TOKENS[torch.device(device).type]
-        settings = argparse.Namespace(precision=precision, checkpoint_activations=None, compile=compiled)
-        self.model, self.optimizer = train.build_sharded(settings, Config.from_folder(MODEL), self.device)
+        self.model = train.build_sharded(Config.from_folder(MODEL), self.device, precision, compile=compiled)
         load_weights(self.model, MODEL)
+        self.optimizer = train.AdamW(self.model.parameters())
 
     def step(self, batch, micro_tokens=None):
         """As train.py's: loss, clipping, AdamW."""
@@ -65,7 +65,7 @@ class Ours:
 
         import train
 
-        loss = train.batch_loss(self.model, batch, micro_tokens or self.micro_tokens)
+        loss = train.train_step(self.model, batch, micro_tokens or self.micro_tokens).loss
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -90,10 +90,11 @@ class Theirs:
     def step(self, batch):
         import torch
 
-        longest = self.pad_to or max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch], device=self.device)
-        labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in batch], device=self.device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch], device=self.device)
+        longest = self.pad_to or max(len(example.ids) for example in batch)
+        pad = lambda row, value: row + [value] * (longest - len(row))
+        ids = torch.tensor([pad(example.ids, 0) for example in batch], device=self.device)
+        labels = torch.tensor([pad(example.labels, -100) for example in batch], device=self.device)
+        mask = torch.tensor([pad([1] * len(example.ids), 0) for example in batch], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()
@@ -105,12 +106,12 @@ class Theirs:
 
 
 def encoded_mix(mix, n=2000, data="data"):
-    """KVR with mix 1:2 in train.py's order of the first epoch: [(ids, labels), ...]."""
-    from data import encode_example, epoch_order, load_examples, load_tokenizer
+    """KVR with mix 1:2 in train.py's order of the first epoch: EncodedExamples."""
+    from data import encode, epoch_order, load_examples, load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
-    examples = load_examples("kvr", n, data)[0] + load_examples(mix, 2 * n, data, 50)[0]
-    return [encode_example(tokenizer, examples[i]) for i in epoch_order(len(examples), 0, 0)]
+    examples = encode(tokenizer, load_examples("kvr", n, data)[0]) + encode(tokenizer, load_examples(mix, 2 * n, data, 50)[0], "mix")
+    return [examples[i] for i in epoch_order(len(examples), 0, 0)]
 
 
 def needed_flops(batch, config):
@@ -118,10 +119,10 @@ def needed_flops(batch, config):
     C, I, heads, keys = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = 2 * C * (2 * heads + 2 * keys + 3 * I)
     total = 0
-    for ids, labels in batch:
-        T = len(ids)
+    for example in batch:
+        T = len(example.ids)
         causal = 2 * 2 * heads * T * (T + 1) / 2
-        total += config.num_hidden_layers * (layer * T + causal) + 2 * C * config.vocab_size * sum(label != -100 for label in labels)
+        total += config.num_hidden_layers * (layer * T + causal) + 2 * C * config.vocab_size * example.n_supervised
     return 3 * total
 
 
@@ -158,7 +159,7 @@ class Worker:
 def this_side(args, pad_to=None):
     """The side that this process is to be."""
     import train
-    from evaluate import setup_device
+    from model import setup_device
 
     if args.side != "ours":
         return Theirs(args.precision, pad_to=pad_to)
@@ -169,7 +170,7 @@ def this_side(args, pad_to=None):
 
 def train_side(args):
     encoded = encoded_mix(args.what, 200)
-    side = this_side(args, max(len(ids) for ids, _ in encoded) if args.side == "release" else None)
+    side = this_side(args, max(len(example.ids) for example in encoded) if args.side == "release" else None)
     for k in map(int, sys.stdin):
         print(*seconds(lambda: side.step(encoded[k * args.batch : (k + 1) * args.batch])), flush=True)
 
@@ -215,7 +216,7 @@ def bench_memory(args):
 def memory_side(args):
     side = this_side(args)
     encoded = encoded_mix("random", 200)
-    side.step(sorted(encoded, key=lambda pair: len(pair[0]))[:1])
+    side.step(sorted(encoded, key=lambda example: len(example.ids))[:1])
     print(peak(lambda: side.step(encoded[: args.batch]))[0])
 
 
@@ -255,8 +256,8 @@ def bench_evaluate(args):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from data import load_examples, load_tokenizer
-    from evaluate import known, predict, read_lineage, stage_facts
+    from data import load_examples, load_tokenizer, stage_facts
+    from evaluate import exact_matches, predict, read_lineage
     from model import load_model
 
     folder = args.checkpoint or str(MODEL)
@@ -269,7 +270,7 @@ def bench_evaluate(args):
     ratios, verdicts = [], []
     for _ in range(args.repeats):
         own, ours = seconds(lambda: predict(model, tokenizer, facts))
-        verdict, _ = seconds(lambda: known(model, tokenizer, facts))
+        verdict, _ = seconds(lambda: exact_matches(model, tokenizer, facts))
         other, theirs = seconds(lambda: generate(peer, tokenizer, facts, GENERATED))
         ratios.append(other / own)
         verdicts.append(other / verdict)
@@ -354,9 +355,8 @@ def growth_side(args):
     import torch
 
     import train
-    from data import encode_example, load_examples, load_tokenizer
-    from evaluate import setup_device
-    from model import Config, build_model
+    from data import EncodedExample, encode_example, load_examples, load_tokenizer
+    from model import Config, build_model, setup_device
 
     setup_device()
     train.keep_freed_memory()
@@ -372,9 +372,10 @@ def growth_side(args):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
         p.grad = torch.zeros_like(p)
-    batch = [(row, [-100] * (length // 2) + row[length // 2 :]) for row in torch.randint(0, config.vocab_size, (rows, length)).tolist()]
+    texts = torch.randint(0, config.vocab_size, (rows, length)).tolist()
+    batch = [EncodedExample("", ids, [-100] * (length // 2) + ids[length // 2 :], "own") for ids in texts]
     times = []
-    memory, _ = peak(lambda: times.extend(seconds(lambda: train.batch_loss(model, batch, train.MICRO_TOKENS["cpu"]))[0] for _ in range(args.repeats)))
+    memory, _ = peak(lambda: times.extend(seconds(lambda: train.train_step(model, batch, train.MICRO_TOKENS["cpu"]))[0] for _ in range(args.repeats)))
     print(statistics.median(times[1:]), memory, needed_flops(batch, config))
 
 
@@ -401,10 +402,10 @@ if __name__ == "__main__":
     if args.side:
         import torch
 
-        from evaluate import leave
+        from model import end_process_group
 
         (growth_side if args.side == "growth" else train_side if args.what else memory_side)(args)
-        torch.distributed.is_initialized() and leave()
+        torch.distributed.is_initialized() and end_process_group()
     else:
         print("| part | against | goal | ratio: median (range) | |\n| --- | --- | --- | --- | --- |")
         for part in args.parts or PARTS:

@@ -56,9 +56,9 @@ from test_train import COMMON, plain_loop
 
 import model
 import train
-from data import build, load_examples, load_tokenizer, micro_batches
-from evaluate import BATCH, common_start, known, predict, questions, setup_device
-from model import Config, load_model, local
+from data import batches, build, load_examples, load_tokenizer, micro_batches
+from evaluate import BATCH, common_prefix_len, exact_matches, predict, questions
+from model import Config, load_model, local, setup_device
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
@@ -380,8 +380,8 @@ def ways_to_ask(model, prompts, drafts, start, n):
     answers = functools.partial(model.generate, prompts, n, -1)
     return {
         "drafts": answers(drafts=drafts),
-        "shared start": answers(shared=start),
-        "both": answers(drafts=drafts, shared=start),
+        "shared start": answers(prefix_len=start),
+        "both": answers(drafts=drafts, prefix_len=start),
         "alone": [model.generate([prompt], n, -1)[0] for prompt in prompts[:8]],
     }
 
@@ -408,7 +408,7 @@ def smollm2_generation(part):
         model = load_model(SMOLLM2, dtype, part.device)
         plain = model.generate(prompts, most, -1)
         drafts = [row[: i % most] + [row[i % most] ^ 1] for i, row in enumerate(plain)]
-        found = ways_to_ask(model, prompts, drafts, common_start(prompts), most)
+        found = ways_to_ask(model, prompts, drafts, common_prefix_len(prompts), most)
         flips = {way: sum(a != b for a, b in zip(answers, plain)) for way, answers in found.items()}
         figure = ", ".join(f"{way} {flips[way]} of {len(answers)}" for way, answers in found.items())
         if dtype == torch.float32:
@@ -578,15 +578,16 @@ def rank_of_8(device, folder, option, n_shapes):
     sys.argv = ["train.py", "--stage", "1", "--mix", "random", "--model", folder, "--data-dir", str(KIT / "data"), option]
     args = train.parse_args()
     config = Config.from_folder(folder)
-    _, encoded, _ = train.encode_stage(args, [], load_tokenizer(folder))
+    examples, _ = train.encode_stage(args, [], load_tokenizer(folder))
     micro_tokens = train.MICRO_TOKENS[device]
 
     def fullest(batch):
         """(tokens of the largest micro-batch once padded, the rank that has it)."""
-        groups = micro_batches({i: len(encoded[i][0]) for i in batch}, micro_tokens, PLAN_RANKS)
-        return max((len(group) * max((len(encoded[i][0]) for i in group), default=1), k % PLAN_RANKS) for k, group in enumerate(groups))
+        groups = micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, PLAN_RANKS)
+        sizes = [len(group) * max((len(batch[i].ids) for i in group), default=1) for group in groups]
+        return max((size, k % PLAN_RANKS) for k, size in enumerate(sizes))
 
-    order = [batch for _, batch in train.batches(len(encoded), args.batch_size, 1, args.seed)]
+    order = [[examples[i] for i in batch] for _, batch in batches(len(examples), args.batch_size, 1, args.seed)]
     largest = max(order, key=fullest)
     dist.init_process_group("fake", store=FakeStore(), rank=fullest(largest)[1], world_size=PLAN_RANKS)
     if device == "cuda":
@@ -594,7 +595,8 @@ def rank_of_8(device, folder, option, n_shapes):
         free, total = torch.cuda.mem_get_info()
         assert total - free < 2e9, f"{(total - free) / 1e9:.1f} GB of the GPU are another's: its memory cannot be measured"
     before = resident_memory()
-    model, optimizer = train.build_sharded(args, config, torch.device(device))
+    model = train.build_sharded(config, torch.device(device), args.precision, args.checkpoint_activations)
+    optimizer = train.AdamW(model.parameters())
     keep_own_rows(model)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -602,7 +604,7 @@ def rank_of_8(device, folder, option, n_shapes):
             local(param).fill_(1.0) if param.dim() == 1 else local(param).normal_(std=0.02)
 
     def step(batch):
-        loss = train.batch_loss(model, [encoded[i] for i in batch], micro_tokens)
+        loss = train.train_step(model, batch, micro_tokens).loss
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.lr = 1e-5
         optimizer.step()
@@ -618,7 +620,7 @@ def rank_of_8(device, folder, option, n_shapes):
         loss = step(batch)
         synchronize(device)
         times.append(1000 * (time.perf_counter() - began))
-    tokens = sum(len(encoded[i][0]) for batch in order[3:8] for i in batch) // (5 * PLAN_RANKS)
+    tokens = sum(len(example.ids) for batch in order[3:8] for example in batch) // (5 * PLAN_RANKS)
     found |= {"loss": loss, "ms": statistics.median(times), "tokens": tokens} | profile(device, lambda: [step(batch) for batch in order[8:11]], 3)
     return found | {"shapes": new_shapes(model, device, int(n_shapes)) if option.startswith("--no") else None}
 
@@ -706,12 +708,12 @@ def training_speed(part, kind):
     try:
         device, sizes, config = torch.device(part.device), part.sizes, Config.from_folder(SMOLLM2)
         encoded = bench.encoded_mix("random", 200, KIT / "data")
-        batches = [encoded[k * sizes.batch : (k + 1) * sizes.batch] for k in range(sizes.turns)]
+        turns = [encoded[k * sizes.batch : (k + 1) * sizes.batch] for k in range(sizes.turns)]
         limit = bench.machine_flops("bf16", part.device)
         ours, theirs = bench.Ours("bf16-mixed", device, kind == "compiled"), bench.Theirs("bf16-mixed", device)
         for micro_tokens in sizes.micro_tokens:
             ratios, shares, rates, losses = [], [], [], []
-            for k, batch in enumerate(batches):
+            for k, batch in enumerate(turns):
                 if part.left() < 15:
                     break
                 seconds, loss = bench.seconds(lambda batch=batch: ours.step(batch, micro_tokens))
@@ -720,7 +722,7 @@ def training_speed(part, kind):
                 if k >= min(2, sizes.turns // 3):  # after what only the first steps do
                     ratios.append(other / seconds)
                     shares.append(bench.needed_flops(batch, config) / limit / seconds)
-                    rates.append(sum(len(ids) for ids, _ in batch) / seconds)
+                    rates.append(sum(len(example.ids) for example in batch) / seconds)
             if len(ratios) < 2:
                 raise NotRun(f"no time left for micro-batches of {micro_tokens}")
             figure = (f"{statistics.median(ratios):.2f} times transformers ({min(ratios):.2f} to {max(ratios):.2f}); {statistics.median(rates):.0f} tokens/s; "
@@ -753,7 +755,7 @@ def asking_speed(part):
     predict(model, tokenizer, few)
     bench.generate(peer, tokenizer, few, BATCH)
     own, ours = bench.seconds(lambda: predict(model, tokenizer, facts))
-    verdict, _ = bench.seconds(lambda: known(model, tokenizer, facts))
+    verdict, _ = bench.seconds(lambda: exact_matches(model, tokenizer, facts))
     other, theirs = bench.seconds(lambda: bench.generate(peer, tokenizer, facts, BATCH))
     same = sum(a == b for a, b in zip(ours, theirs))
     figure = f"{own:.1f} s, verdicts alone {verdict:.1f} s, generate {other:.1f} s: {other / own:.2f} and {other / verdict:.2f} times as fast; {same} answers the same"
@@ -763,7 +765,7 @@ def asking_speed(part):
 
 # ---------------------------------------------------------------- science
 
-ARMS = {"no mix": "", "the mix's batches, random rows taken out": "--mix random", "random": "--mix random"}
+ARMS = {"no mix": "", "the mix's batches, random rows taken out": "--mix random --mix-weight 0", "random": "--mix random"}
 
 
 def science(part):
@@ -780,8 +782,8 @@ def science(part):
 def run_arm(part, arm, rows):
     """Both stages of an arm; puts a row for each into the queue."""
     n = part.sizes.science_facts
-    folder, changes = re.sub(r"\W+", "-", arm), [f"facts={n}"] if "taken out" in arm else []
-    first = {"options": [*ARMS[arm].split(), *part.sizes.first.split()], "changes": changes}
+    folder = re.sub(r"\W+", "-", arm)
+    first = {"options": [*ARMS[arm].split(), *part.sizes.first.split()]}
     second = {"options": ["--data", "bios", *part.sizes.second.split()], "stage": 2, "model": part.folder / folder}
     stages = {f"stage 1, {n} facts, {arm}: learned to at least 99%": (folder, first),
               f"then {n} facts of bios, {arm}: learned to at least 99%": (f"{folder}/bios", second)}  # fmt: skip
@@ -816,7 +818,6 @@ def be_train(changes, options):
 
     sharded       FSDP for a rank alone too
     gloo or nccl  all ranks share the first GPU, with this backend
-    facts=N       batches keep the first N examples alone: the rows of D_M are taken out, the steps stay
     """
     from torch.distributed import fsdp
 
@@ -824,22 +825,13 @@ def be_train(changes, options):
     for change in changes:
         if change == "sharded":
             train.build_sharded = functools.partial(train.build_sharded, shard=True)
-        elif change in ("gloo", "nccl"):
+        else:
             train.setup_device = functools.partial(on_first_gpu, change)
             # gloo may sum where it is asked for a mean, and has no CUDA form of the gathering that full_tensor asks for.
-            fully_shard, model.whole = fsdp.fully_shard, gathered if change == "gloo" else model.whole
+            fully_shard, model.full_tensor = fsdp.fully_shard, gathered if change == "gloo" else model.full_tensor
             fsdp.fully_shard = lambda module, **others: fully_shard(module, **others).set_force_sum_reduction_for_comms(True)
-        else:
-            n, batches = int(change.removeprefix("facts=")), train.batches
-            train.batches = lambda *settings: [(epoch, kept_facts(batch, n)) for epoch, batch in batches(*settings)]
     sys.argv = ["train.py", *options]
     train.main()
-
-
-def kept_facts(batch, n):
-    facts = [i for i in batch if i < n]
-    assert facts, "a batch without a fact: take a larger --batch-size"
-    return facts
 
 
 def end_with_parent():
@@ -858,7 +850,7 @@ def on_first_gpu(backend):
 
 
 def gathered(tensor):
-    """As model.whole, through the host."""
+    """As model.full_tensor, through the host."""
     if not hasattr(tensor, "to_local"):
         return tensor
     shards = [None] * dist.get_world_size()

@@ -147,12 +147,12 @@ def test_a_shared_start_changes_no_answer(name):
     plain = [plain_generate(model, prompt, 20) for prompt in prompts]
     drafts = [row[:n] for row, n in zip(plain, (3, 0, 7, 20))]
     _, expected = model.generate(prompts, 20, -1, drafts, return_hidden=True)
-    for shared in (1, 4, 7):
-        assert model.generate(prompts, 20, -1, shared=shared) == plain
-        new, hidden = model.generate(prompts, 20, -1, drafts, shared=shared, return_hidden=True)
+    for prefix_len in (1, 4, 7):
+        assert model.generate(prompts, 20, -1, prefix_len=prefix_len) == plain
+        new, hidden = model.generate(prompts, 20, -1, drafts, prefix_len=prefix_len, return_hidden=True)
         assert new == plain
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
-    assert model.generate([], 20, -1, shared=4) == []
+    assert model.generate([], 20, -1, prefix_len=4) == []
 
 
 def test_stop_and_hidden():

@@ -11,10 +11,9 @@ import torch.distributed as dist
 from conftest import GOLDEN, run, tiny_llama
 
 import probe
-from data import DataError, encode_example, load_examples, load_tokenizer
-from evaluate import is_correct, known, predict, questions, read_lineage, setup_device
-from model import CheckpointError, Config, Transformer, load_model
-from train import n_supervised
+from data import DataError, encode, encode_example, load_examples, load_tokenizer
+from evaluate import exact_matches, is_correct, predict, questions, read_lineage
+from model import CheckpointError, Config, Transformer, load_model, setup_device
 
 
 def read(file):
@@ -130,13 +129,13 @@ def test_last_layer_is_the_model(smollm2_folder, dtype, tmp_path):
         probe.lens = lens
 
 
-def test_known(work, one_rank):
+def test_exact_matches(work, one_rank):
     """Breaking off wrong answers changes no verdict: of a model that knows all, some or none of the facts."""
     facts, verdicts = load_examples("kvr", 8, work / "data")[0], []
     for folder in ("one", "one/two", "models/tiny"):
         model, tokenizer = load_model(work / folder, torch.float32), load_tokenizer(work / folder)
         answers = predict(model, tokenizer, facts)
-        verdicts.append(known(model, tokenizer, facts))
+        verdicts.append(exact_matches(model, tokenizer, facts))
         assert verdicts[-1] == [is_correct(answer, fact["response"]) for answer, fact in zip(answers, facts)]
     assert [sum(right) for right in verdicts[::2]] == [8, 0] and 0 < sum(verdicts[1]) < 8
 
@@ -168,10 +167,10 @@ def test_long_questions():
 def test_inner_products_equal_a_plain_loop(work, one_rank, monkeypatch):
     """Inner products by parameter are those of gradients taken one example at a time; micro-batches change nothing."""
     tokenizer, facts = load_tokenizer(work / "one"), load_examples("kvr", 8, work / "data")[0] + load_examples("bios", 6, work / "data")[0]
-    batches = [[encode_example(tokenizer, fact) for fact in half] for half in (facts[:8], facts[8:])]
+    batches = [encode(tokenizer, half) for half in (facts[:8], facts[8:])]
     plain, gradients = load_model(work / "one", torch.float32), []
     for batch in batches:
-        loss = sum(plain(torch.tensor([ids]), labels=torch.tensor([labels]))[0] for ids, labels in batch) / sum(map(n_supervised, (labels for _, labels in batch)))
+        loss = sum(plain(torch.tensor([e.ids]), labels=torch.tensor([e.labels]))[0] for e in batch) / sum(e.n_supervised for e in batch)
         gradients.append(torch.autograd.grad(loss, list(plain.parameters())))
     expected = [sum((x.double() * y.double()).flatten().tolist()) for x, y in zip(*gradients)]
     model = probe.sharded(work / "one", "fp32", one_rank)
@@ -184,7 +183,7 @@ def test_inner_products_equal_a_plain_loop(work, one_rank, monkeypatch):
 def test_first_order_change_is_the_real_one(smollm2_folder, one_rank, tmp_path):
     """On SmolLM2 a small step on other facts changes the loss by -lr times the inner product, within 5%, and leaves the weights."""
     tokenizer = load_tokenizer(smollm2_folder)
-    a, b = ([encode_example(tokenizer, fact) for fact in load_examples(name, 2, tmp_path)[0]] for name in ("kvr", "bios"))
+    a, b = (encode(tokenizer, load_examples(name, 2, tmp_path)[0]) for name in ("kvr", "bios"))
     model = probe.sharded(smollm2_folder, "fp32", one_rank)
     weights = [p.detach().clone() for p in model.parameters()]
     (loss, grad_a), (_, grad_b) = probe.gradient(model, a), probe.gradient(model, b)
@@ -248,9 +247,9 @@ def test_transplant_killed_twice(work, one_rank, monkeypatch):
             asked.append("killed")
             raise KeyboardInterrupt
         asked.append("asked")
-        return known(*rest)
+        return exact_matches(*rest)
 
-    monkeypatch.setattr(probe, "known", killed)
+    monkeypatch.setattr(probe, "exact_matches", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             probe.transplant(args, "one/two", read_lineage("one/two"), one_rank, 0)

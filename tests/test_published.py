@@ -22,7 +22,8 @@ from conftest import ROOT
 
 import data
 import evaluate
-from data import DataError, build, encode_example, load_examples, load_tokenizer, turns
+from data import DataError, build, encode_example, familiarity, load_examples, load_tokenizer, turns
+from model import setup_device
 
 RAW = ROOT / "tests" / "raw"
 PUBLISHED = [name for name, row in data.SETS.items() if row.read]
@@ -482,7 +483,7 @@ class Oracle:
         self.tokenizer, self.known, self.asked = tokenizer, known, []
         self.model = type("", (), {"embed_tokens": type("", (), {"weight": torch.zeros(1)})})
 
-    def generate(self, prompts, max_new_tokens, ends, drafts=None, stop=None, shared=0):
+    def generate(self, prompts, max_new_tokens, ends, drafts=None, stop=None, prefix_len=0):
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
         self.asked += texts
         answers = [self.known.get(text.rpartition("Question: ")[2].partition("\n")[0], "no\u2028idea") for text in texts]
@@ -491,7 +492,7 @@ class Oracle:
 
 @pytest.fixture
 def process_group():
-    evaluate.setup_device()
+    setup_device()
     yield
     evaluate.dist.destroy_process_group()
 
@@ -539,16 +540,16 @@ def test_training_takes_the_unfamiliar_facts(tmp_path):
     out = tmp_path / "data"
     build("popqa", out, raw=RAW)
     with pytest.raises(DataError, match="run python evaluate.py models/base --split popqa.*--unfiltered"):
-        evaluate.familiarity("popqa-id", "models/base", out)
+        familiarity("popqa-id", "models/base", out)
     facts = rows(out / "popqa.jsonl")
     for kind, part in (("familiar", facts[:1]), ("unfamiliar", facts[1:])):
         data.write_flat(out / f"popqa.{kind}.jsonl", part, {"base_model": "base"})
-    assert evaluate.familiarity("popqa", "models/base", out) == "unfamiliar"
+    assert familiarity("popqa", "models/base", out) == "unfamiliar"
     assert load_examples("popqa.unfamiliar", 3, out)[0] == facts[1:]
     with pytest.raises(DataError, match="split into familiar and unfamiliar for base, the base model here is other"):
-        evaluate.familiarity("popqa", "models/other", out)
+        familiarity("popqa", "models/other", out)
     for name in ("kvr", "gsm8k", "popqa.familiar", "facts.jsonl"):
-        assert evaluate.familiarity(name, "models/other", out) == ""
+        assert familiarity(name, "models/other", out) == ""
 
 
 def test_split_command(tmp_path, smollm2_folder):
