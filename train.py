@@ -248,16 +248,14 @@ def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, learn
     batch = computed(batch, mix_weight)
     if not batch:
         return None
-    rank, world, device = dist.get_rank(), dist.get_world_size(), model.model.embed_tokens.weight.device
+    device = model.model.embed_tokens.weight.device
     # Counted before the first backward pass: every micro-batch's gradient is a part of the whole batch's mean.
     counts = answer_tokens(batch)
     n_tokens = counts["own"] + counts["replay"] + mix_weight * counts["mix"]
     weights = torch.tensor([mix_weight if source == "mix" else 1.0 for source in SOURCES], device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     by_source = torch.zeros(len(SOURCES), dtype=torch.float64, device=device)
-    groups = micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, world)
-    for k in range(0, len(groups), world):
-        ids, labels, sources = collate([batch[i] for i in groups[k + rank]], device)
+    for ids, labels, sources in collate(batch, micro_tokens, device):
         (rows, columns), targets = answer_positions(labels)
         sources = sources[rows]  # of each answer token (n,)
         with torch.set_grad_enabled(learn):
@@ -269,7 +267,7 @@ def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, learn
                 loss_sum = losses @ weights[sources]
         if learn:
             # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
-            (loss_sum * world / n_tokens).backward()
+            (loss_sum * dist.get_world_size() / n_tokens).backward()
         total += loss_sum.detach()
         by_source += (sources == torch.arange(len(SOURCES), device=device)[:, None]).double() @ losses.detach().double()
     sums = torch.cat([total[None], by_source])
@@ -279,21 +277,6 @@ def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, learn
     total, *by_source = sums.tolist()
     losses = {source: summed / counts[source] for source, summed in zip(SOURCES, by_source) if counts[source]}
     return StepLoss(total / n_tokens, losses, dict(counts))
-
-
-def collate(examples, device):
-    """ids and labels (B, T) of EncodedExamples, padded on the right to the longest, and their sources (B,) as places in SOURCES.
-
-    No examples give one unsupervised token, for a rank that only makes the passes of the others.
-    """
-    longest = max((len(example.ids) for example in examples), default=1)
-    ids = torch.zeros(max(1, len(examples)), longest, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        labels[row, : len(example.ids)] = torch.tensor(example.labels)
-    sources = torch.tensor([SOURCES.index(example.source) for example in examples] or [0])
-    return ids.to(device), labels.to(device), sources.to(device)
 
 
 def main():
@@ -475,7 +458,27 @@ def announce(say, args, counts, examples, total, where):
         f"{tokens} tokens an epoch, at most {total} steps, lr {args.lr}, {where}")  # fmt: skip
 
 
-# ---------------------------------------------------------------- the optimizer, and what is asked on the way
+# ---------------------------------------------------------------- what a step needs
+
+
+def collate(batch, micro_tokens, device):
+    """This rank's micro-batches of a batch of EncodedExamples, as many as every other rank has.
+
+    Yields ids and labels (B, T), padded on the right to the longest, and the examples' sources (B,) as places in SOURCES.
+    A rank without examples gets one unsupervised token, with which it makes the passes of the others.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    groups = micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, world)
+    for group in groups[rank::world]:
+        examples = [batch[i] for i in group]
+        longest = max((len(example.ids) for example in examples), default=1)
+        ids = torch.zeros(max(1, len(examples)), longest, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for row, example in enumerate(examples):
+            ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            labels[row, : len(example.ids)] = torch.tensor(example.labels)
+        sources = torch.tensor([SOURCES.index(example.source) for example in examples] or [0])
+        yield ids.to(device), labels.to(device), sources.to(device)
 
 
 class AdamW:

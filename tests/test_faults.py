@@ -214,6 +214,29 @@ def test_sigterm_loses_no_step(work, server, unbroken):
     assert outcome(out) == unbroken[1]
 
 
+@pytest.mark.parametrize("penalty", ["l2", "kl"])
+def test_penalty_after_a_kill(work, server, unbroken, penalty):
+    """A penalty to the weights that the stage started from, added from outside, means the same weights after kill -9 and --resume."""
+    outcomes = {}
+    for name, killed in (("whole", False), ("killed", True)):
+        out = work / f"{penalty}-{name}"
+        command = [penalty, *TRAIN, "--out", out]
+        processes = start(server, work, *command, script="tests/penalties.py", ranks=2)
+        while killed and not (out / "state-000008").exists():
+            time.sleep(0.001)
+        for process in processes if killed else []:
+            process.kill()
+        statuses, output = finish(processes, work)
+        if killed:
+            statuses, output = train(server, work, *command, "--resume", script="tests/penalties.py", ranks=2)
+            assert "goes on after step" in output
+        assert statuses == [0, 0], output
+        outcomes[name] = outcome(out)
+    assert outcomes["killed"] == outcomes["whole"]
+    ours, plain = ([row["loss"] for row in log] for _, log in (outcomes["whole"], unbroken[2]))
+    assert ours[0] == pytest.approx(plain[0], rel=1e-6) and all(a > b for a, b in zip(ours[2:], plain[2:])), "it costs nothing at first, then it holds back"
+
+
 # ---------------------------------------------------------------- full disks
 
 
@@ -428,9 +451,10 @@ def test_two_runs_in_one_folder(work, server):
 # ---------------------------------------------------------------- precisions and plans
 
 
-@pytest.mark.parametrize("options", [["--precision", "bf16-mixed"], ["--precision", "bf16"], ["--precision", "fp32", "--checkpoint-activations"]])
+@pytest.mark.parametrize("options", [["--precision", "bf16-mixed"], ["--precision", "bf16"], ["--precision", "fp32", "--checkpoint-activations"],
+                                     ["--mix-weight", "0", "--batch-size", "1"]])  # fmt: skip
 def test_precisions_go_on(work, server, options):
-    """Each precision ends after SIGTERM and --resume with the weights of a run that was not stopped."""
+    """Each precision, and a run some of whose steps change nothing, ends after SIGTERM and --resume with the weights of one that was not stopped."""
     name = "-".join(options).strip("-")
     options = [*TRAIN, *options]
     assert train(server, work, *options, "--out", f"{name}-unbroken")[0] == [0]

@@ -82,6 +82,16 @@ def test_loss_equals_cross_entropy_of_the_logits(name):
     torch.testing.assert_close(torch.autograd.grad(loss, params), torch.autograd.grad(sum(terms), params), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_adds_its_bias(dtype):
+    """A Linear with a bias computes what PyTorch's does, in the type of what it is given; without one it has none."""
+    layer, x = model_py.Linear(5, 3, bias=True), torch.randn(2, 5, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.normal_(), layer.bias.normal_()
+    assert torch.equal(layer(x), F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype)))
+    assert model_py.Linear(5, 3).bias is None
+
+
 def test_loss_of_nothing_is_zero():
     """A batch without supervised tokens has loss 0 and gradients 0, not NaN."""
     model, ids = load("llama2"), torch.randint(128, (2, 5))

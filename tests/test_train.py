@@ -1,16 +1,19 @@
 """train.py and evaluate.py as they are run: real processes, compared with a loop written out by hand."""
 
+import ast
 import json
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import run
+from conftest import ROOT, run
 from safetensors.torch import load_file
 
-from data import encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
-from model import load_model, save_model
+from data import encode, encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
+from model import load_model, save_model, setup_device
+from train import train_step
 
 
 def metrics(folder):
@@ -21,26 +24,37 @@ COMMON = ["--stage", 1, "--model", "models/tiny", "--num-examples", 7, "--mix", 
           "--batch-size", 5, "--epochs", 1, "--lr", 1e-3, "--precision", "fp32"]  # fmt: skip
 
 
-def plain_loop(work):
-    """Losses and weights after the three steps that COMMON asks for: one example at a time, no padding, AdamW by hand."""
+def plain_loop(work, mix_weight=1, batch_size=5):
+    """Losses and weights after the steps that COMMON asks for: one example at a time, no padding, AdamW by hand.
+
+    The loss of a step that has nothing to compute is None.
+    """
     model = load_model(work / "models/tiny", torch.float32)
     examples = load_examples("kvr", 7, work / "data")[0] + load_examples("random", 7, work / "data", 3)[0]
     params = list(model.parameters())
     first, second = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
-    losses, order = [], epoch_order(14, 0, 0)
-    for t, batch in enumerate([order[:5], order[5:10], order[10:]], 1):
+    losses, order, t = [], epoch_order(14, 0, 0), 0
+    starts = range(0, 14, batch_size)
+    for step, start in enumerate(starts):
         loss, n_tokens = 0, 0
-        for i in batch:
+        for i in order[start : start + batch_size]:
+            weight = 1 if i < 7 else mix_weight
+            if not weight:
+                continue
             text = f"<|user|>\n{examples[i]['prompt']}\n<|assistant|>\n"
             prompt, answer = [256, *text.encode()], [*examples[i]["response"].encode(), 257]
             logits = model(torch.tensor([prompt + answer]))[0]
             for j, token in enumerate(answer):
-                loss = loss - F.log_softmax(logits[len(prompt) + j - 1], dim=-1)[token]
-                n_tokens += 1
+                loss = loss - weight * F.log_softmax(logits[len(prompt) + j - 1], dim=-1)[token]
+                n_tokens += weight
+        if not n_tokens:
+            losses.append(None)
+            continue
+        t += 1  # updates so far
         loss = loss / n_tokens
         grads = torch.autograd.grad(loss, params)
         norm = math.sqrt(sum((g**2).sum().item() for g in grads))
-        lr = 1e-3 if t == 1 else 1e-3 * (1 + math.cos(math.pi * (t - 1) / 2)) / 2  # one warm-up step of three
+        lr = 1e-3 if step == 0 else 1e-3 * (1 + math.cos(math.pi * step / (len(starts) - 1))) / 2  # one warm-up step
         with torch.no_grad():
             for p, g, m, v in zip(params, grads, first, second):
                 g = g * min(1, 1 / (norm + 1e-6))
@@ -72,6 +86,56 @@ def test_three_steps_equal_the_plain_loop(work, name, ranks, options):
     assert sum(row["tokens"] for row in metrics(out)) == sum(tokens)
     (entry,) = json.loads((out / "run.json").read_text())
     assert (entry["num_examples"], entry["num_mix"], entry["steps"], entry["stopped_by"]) == (7, 7, 3, "epochs")
+
+
+@pytest.mark.parametrize("weight, batch_size, ranks", [(0, 5, None), (0, 2, 2), (0.5, 5, 2), ("equal", 5, None)])
+def test_weight_of_the_mix(work, weight, batch_size, ranks):
+    """Losses, updates and weights are those of the hand-written loop that weighs D_M so; with 0, those of batches without its rows."""
+    out = work / f"runs/weight-{weight}-{batch_size}-{ranks}"
+    options = [*COMMON, "--batch-size", batch_size, "--mix-weight", weight]
+    run(work, "train.py", *options, "--out", out, ranks=ranks)
+    if weight == "equal":  # answers and their eos in bytes: eight characters of a value, or a passage
+        weight = 7 * 9 / sum(len(passage["response"]) + 1 for passage in load_examples("random", 7, work / "data", 3)[0])
+    losses, weights = plain_loop(work, weight, batch_size)
+    log, (entry,) = metrics(out), json.loads((out / "run.json").read_text())
+    assert [row["loss"] is None for row in log] == [loss is None for loss in losses] == [row["tokens"] == 0 for row in log]
+    assert [row["loss"] for row in log if row["tokens"]] == pytest.approx([loss for loss in losses if loss is not None], abs=1e-5)
+    trained = load_file(out / "model.safetensors")
+    for key, expected in weights.items():
+        torch.testing.assert_close(trained[key], expected, rtol=0, atol=1e-5)
+    assert (entry["steps"], entry["updates"], entry["mix_weight"]) == (len(losses), len(losses) - losses.count(None), pytest.approx(weight))
+    assert (None in losses) == (batch_size < 5), "a batch without a fact must be among those tried"
+    if not ranks:
+        planned = run(work, "train.py", *options, "--out", work / "planned", "--dry-run").stdout
+        assert f"{sum(row['tokens'] for row in log)} tokens an epoch" in planned
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    device, _, _ = setup_device()
+    yield device
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("weight, micro_tokens", [(1, 2048), (1, 90), (0.5, 90), (0, 2048)])
+def test_losses_apart(work, one_rank, weight, micro_tokens):
+    """A step's losses of own, mixed and replayed tokens are those of each alone, and add up to the loss whose gradient it leaves."""
+    model, tokenizer = load_model(work / "models/tiny", torch.float32), load_tokenizer(work / "models/tiny")
+    names, factors = {"own": "kvr", "mix": "random", "replay": "kvr-id"}, {"own": 1, "mix": weight, "replay": 1}
+    batch, sums, n_tokens = [], {}, {}
+    for source, name in names.items():
+        examples = encode(tokenizer, load_examples(name, 3, work / "data", 3)[0], source)
+        batch += examples
+        sums[source] = sum(model(torch.tensor([e.ids]), labels=torch.tensor([e.labels]))[0] for e in examples)
+        n_tokens[source] = sum(e.n_supervised for e in examples)
+    loss = sum(factors[source] * sums[source] for source in names) / sum(factors[source] * n_tokens[source] for source in names)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    found = train_step(model, batch, micro_tokens, weight)
+    there = [source for source in names if factors[source]]
+    assert found.loss == pytest.approx(loss.item()) and found.answer_tokens == {source: n_tokens[source] for source in there}
+    assert found.losses == pytest.approx({source: sums[source].item() / n_tokens[source] for source in there})
+    for param, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(param.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_chain_of_stages(work):
@@ -109,6 +173,12 @@ def test_stop_rule(work):
     run(work, "train.py", *COMMON, "--epochs", 9, "--stop-loss", 100, "--out", "stopped")
     (entry,) = json.loads((work / "stopped/run.json").read_text())
     assert (entry["steps"], entry["stopped_by"]) == (10, "loss")
+    # Batches that hold nothing to compute neither count nor break the row of ten.
+    done = run(work, "train.py", *COMMON, "--batch-size", 1, "--mix-weight", 0, "--epochs", 9, "--stop-loss", 100, "--out", "stopped-without-mix")
+    (entry,) = json.loads((work / "stopped-without-mix/run.json").read_text())
+    facts = [step for step, i in enumerate(epoch_order(14, 0, 0) + epoch_order(14, 0, 1), 1) if i < 7]
+    assert (entry["steps"], entry["updates"], entry["stopped_by"]) == (facts[9], 10, "loss")
+    assert f"{facts[9] - 10} of the batches held no fact" in done.stdout
 
 
 @pytest.mark.parametrize("ranks", [None, 2])
@@ -133,6 +203,11 @@ def test_loss_that_is_not_finite(work, ranks):
     (["--stage", 1, "--model", "models/tiny", "--mix", "pydoc", "--num-examples", 2000], "pydoc"),
     (["--stage", 1, "--model", "models/tiny", "--batch-size", 0], "--batch-size"),
     (["--stage", 1, "--model", "models/tiny", "--lr", 0], "--lr"),
+    (["--stage", 1, "--model", "models/tiny", "--mix-weight", 0], "--mix-weight"),
+    (["--stage", 1, "--model", "models/tiny", "--mix", "random", "--mix-weight", "half"], "--mix-weight"),
+    (["--stage", 1, "--model", "models/tiny", "--mix", "random", "--mix-weight", -1], "--mix-weight"),
+    (["--stage", 1, "--model", "models/tiny", "--mix", "random", "--mix-weight", "nan"], "--mix-weight"),
+    (["--stage", 1, "--model", "models/tiny", "--num-examples", 3, "--mix", "pydoc", "--mix-weight", "equal", "--max-length", 70], "--mix-weight"),
     (["--stage", 1, "--model", "models/tiny", "--precision", "fp8"], "--precision"),
     (["--stage", 1, "--model", "models/tiny", "--out", "models/tiny"], "--out"),
     (["--stage", 1, "--model", "models/tiny", "--num-examples", 3, "--max-length", 5], "--max-length"),
@@ -169,6 +244,25 @@ def test_epochs_have_orders_of_their_own():
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
     assert epoch_order(50, 0, 0) == orders[0]
+
+
+BELOW = {"model": set(), "data": set(), "evaluate": {"model", "data"}, "train": {"model", "data", "evaluate"},
+         "probe": {"model", "data", "evaluate", "train"}}  # fmt: skip
+UPWARDS = [("evaluate", "probe")]  # for the pictures
+
+
+def test_who_imports_whom():
+    """Files import only those below them, and at their top."""
+    upwards = []
+    for room, below in BELOW.items():
+        tree = ast.parse((ROOT / f"{room}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {node.module} if isinstance(node, ast.ImportFrom) else {alias.name for alias in node.names}
+                rooms = names & BELOW.keys()
+                if not rooms <= below or rooms and node not in tree.body:
+                    upwards += [(room, other) for other in rooms]
+    assert upwards == UPWARDS
 
 
 def test_real_model_memorizes(smollm2_folder, tmp_path):
