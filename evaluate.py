@@ -42,6 +42,7 @@ from data import (
 from model import CheckpointError, end_process_group, fail, load_model, setup_device, weights_dtype
 
 BATCH = 128  # prompts that generate together
+LOGITS = 4096  # about as many positions have logits at a time while drafts are looked at
 
 
 def check_vocabulary(tokenizer, config, path):
@@ -90,10 +91,12 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
     prefix_len = common_prefix_len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine = by_length[rank::world]
+    n_positions = sum(len(draft) + 1 for draft in drafts or [])  # with logits, of all prompts
+    batch = max(1, min(BATCH, LOGITS * len(prompts) // n_positions)) if drafts else BATCH
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
     new_ids = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device)
-    for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
-        rows = mine[start : start + BATCH]
+    for start in tqdm(range(0, len(by_length[::world]), batch), desc="asking", disable=not progress or rank > 0):
+        rows = mine[start : start + batch]
         guesses = drafts and [drafts[i] for i in rows]
         stop = responses and (lambda k, ids, rows=rows: is_wrong(tokenizer.decode(ids), responses[rows[k]]))
         for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses, stop, prefix_len)):

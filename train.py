@@ -1,13 +1,13 @@
-"""One stage of continual memorization: train a model on a set, alone or mixed with D_M (REMIX), and save the checkpoint.
+"""One stage of continual memorization: train a model on a set, alone or mixed with D_M (REMIX), and save it.
 
     torchrun --nproc_per_node 8 train.py --stage 1 --mix random                              # Llama-3-8B learns KVR
     torchrun --nproc_per_node 8 train.py --stage 2 --model CKPT --data bios --mix pydoc      # then something else
     python train.py --stage 1 --model models/SmolLM2-135M-Instruct --num-examples 96         # one device, GPU or CPU
     python train.py --stage 1 --mix random --dry-run 8 --gpu-memory 80                       # what it would take
 
-Defaults are the paper's (appendix B.4). One path for any number of ranks: FSDP2 shards the model over several; one alone
-holds it whole, and casts fp32 master weights where bf16 ones compute. A batch gives the same step whatever the number of
-ranks and micro-batches. A run that was killed or stopped goes on with --resume, on any number of ranks.
+Defaults are the paper's (appendix B.4). One path for any number of ranks: FSDP2 shards the model over several; one
+alone holds it whole, and casts fp32 master weights where bf16 ones compute. A batch gives the same step whatever the
+number of ranks and micro-batches. A run that was killed or stopped goes on with --resume, on any number of ranks.
 """
 
 import argparse
@@ -41,9 +41,9 @@ from data import (
 )
 from evaluate import check_vocabulary, exact_matches, read_lineage
 from model import (
-    MANIFEST, CheckpointError, Config, SaveError, all_gather, answer_positions, any_rank, build_model, end_process_group, fail,
-    full_tensor, generation_mode, load_weights, local, local_rows, raise_on_all_ranks, reshard, rows_of, save_model, setup_device,
-    verify, weights_dtype, write_json, write_tensors, writing,
+    MANIFEST, CheckpointError, Config, SaveError, all_gather, answer_positions, any_rank, build_model,
+    end_process_group, fail, full_tensor, generation_mode, load_weights, local, local_rows, raise_on_all_ranks, reshard,
+    rows_of, save_model, setup_device, verify, weights_dtype, write_json, write_tensors, writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -66,19 +66,23 @@ def parse_args():
     parser = Parser(description="Train one stage.")
 
     def add(name, default=None, help="", **options):
-        parser.add_argument(name, default=default, help=help if default is None else f"{help} (default: {default})", **options)
+        help += "" if default is None else f" (default: {default})"
+        parser.add_argument(name, default=default, help=help, **options)
+
+    def switch(name, help):
+        parser.add_argument(name, action="store_true", help=help)
 
     # what to learn
-    add("--stage", type=int, required=True, help="1 starts from a base model, later ones from the previous stage's checkpoint")
+    add("--stage", type=int, required=True, help="1 starts from a base model, later ones from the stage before")
     add("--data", help="set or .jsonl file to learn; at stage 1 kvr unless told otherwise")
     add("--num-examples", type=int, default=2000, help="its first N examples")
-    parser.add_argument("--unfiltered", action="store_true", help="take all facts of a published set, not only those that the base model does not know")
+    switch("--unfiltered", "take all facts of a published set, not only those that the base model does not know")
     add("--mix", default="none", help="D_M: random, another mixing set, a .jsonl file, or none")
     add("--mix-ratio", type=float, default=2.0, help="examples of D_M for each of the set's own")
     add("--mix-words", type=int, default=DEFAULT_WORDS, help="length of D_M's passages in words")
     add("--mix-weight", type=mix_weight, default=1.0, metavar="W",
-        help="weight of an answer token of D_M in the loss; 0 does not compute D_M's rows, equal gives D_M in all the weight of the facts")  # fmt: skip
-    add("--replay", type=float, default=0.0, help="share of each earlier stage's facts that joins this stage (section 3.2)")
+        help="weight of D_M's answer tokens in the loss; 0 computes none of them, equal weighs all like the facts")
+    add("--replay", type=float, default=0.0, help="share of each earlier stage's facts that joins (section 3.2)")
     add("--data-dir", default="data", help="folder of flat files")
     # from where to where
     add("--model", help="base model at stage 1 (default models/Meta-Llama-3-8B), the previous stage's checkpoint after")
@@ -88,21 +92,27 @@ def parse_args():
     add("--lr", type=float, help="peak learning rate (default: 5e-5 for Llama, 1e-5 for Mistral)")
     add("--batch-size", type=int, default=32, help="examples a step, over all ranks")
     add("--epochs", type=int, default=20, help="most passes over the data")
-    add("--stop-loss", type=float, help=f"end after {STOP_HITS} consecutive steps below this loss, 0 never (default: 1e-4, kvr 0)")
+    add("--stop-loss", type=float,
+        help=f"end after {STOP_HITS} consecutive steps below this loss, 0 never (default: 1e-4, kvr 0)")  # fmt: skip
     add("--max-length", type=int, default=2048, help="tokens after which an example is cut")
-    add("--micro-tokens", type=int, help="most tokens of a micro-batch, padding included (default: 8192 on a GPU, 768 on a CPU)")
-    add("--precision", choices=["bf16-mixed", "bf16", "fp32"], default="bf16-mixed", help="bf16-mixed keeps fp32 master weights")
-    parser.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction,
-                        help="keep each block's input alone and compute the rest again: a third slower, much less memory (default: on a GPU from 3 billion parameters)")  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="compile the blocks; takes minutes before the first step")
-    add("--eval-every", type=int, default=100, help="steps between retention checks on the earlier stages' facts, 0 for none")
+    add("--micro-tokens", type=int,
+        help="most tokens of a micro-batch, padding included (default: 8192 on a GPU, 768 on a CPU)")  # fmt: skip
+    add("--precision", choices=["bf16-mixed", "bf16", "fp32"], default="bf16-mixed",
+        help="bf16-mixed keeps fp32 master weights")  # fmt: skip
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction,
+        help="keep each block's input alone and compute the rest again: a third slower, much less memory "
+             "(default: on a GPU from 3 billion parameters)")  # fmt: skip
+    switch("--compile", "compile the blocks; takes minutes before the first step")
+    add("--eval-every", type=int, default=100, help="steps between checks of the earlier stages' facts, 0 for none")
     add("--eval-facts", type=int, default=256, help="facts of each stage asked in a retention check")
     # what a fault must not take
-    add("--save-every", type=int, default=250, help="steps between saves of the training state, 0 for only at SIGTERM; the state goes when the run ends")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --out; without one, begin at the first step")
-    parser.add_argument("--dry-run", type=int, nargs="?", const=0, metavar="RANKS",
-                        help="print parameters, memory, tokens, steps and disk for RANKS ranks, load no weights, and stop with status 2 where it cannot fit")  # fmt: skip
-    add("--gpu-memory", type=float, help="with --dry-run: GB of each GPU (default: as found, or this machine's memory where there is none)")
+    add("--save-every", type=int, default=250,
+        help="steps between saves of the state, which goes when the run ends; 0 for only at SIGTERM")  # fmt: skip
+    switch("--resume", "go on from the state in --out; without one, begin at the first step")
+    add("--dry-run", type=int, nargs="?", const=0, metavar="RANKS",
+        help="print what RANKS ranks would take, load no weights, and stop with status 2 where it cannot fit")
+    add("--gpu-memory", type=float,
+        help="with --dry-run: GB of each GPU (default: as found, else this machine's memory)")  # fmt: skip
     args = parser.parse_args()
 
     for name in ("stage", "num_examples", "mix_words", "batch_size", "epochs", "max_length", "eval_facts"):
@@ -110,8 +120,10 @@ def parse_args():
             raise DataError(f"--{name.replace('_', '-')} must be at least 1")
     if args.mix_weight != 1 and args.mix == "none":
         raise DataError("--mix-weight weighs D_M, so it goes with --mix")
-    if not 0 <= args.mix_ratio < math.inf or not 0 <= args.replay <= 1 or min(args.eval_every, args.save_every, args.dry_run or 0) < 0:
-        raise DataError("--mix-ratio, --eval-every, --save-every and --dry-run cannot be negative, and --replay lies between 0 and 1")
+    if not 0 <= args.mix_ratio < math.inf or min(args.eval_every, args.save_every, args.dry_run or 0) < 0:
+        raise DataError("--mix-ratio, --eval-every, --save-every and --dry-run cannot be negative")
+    if not 0 <= args.replay <= 1:
+        raise DataError("--replay lies between 0 and 1")
     for name in ("lr", "micro_tokens", "gpu_memory"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise DataError(f"--{name.replace('_', '-')} must be above 0")
@@ -133,14 +145,15 @@ def parse_args():
 
 
 def gather_examples(args, lineage):
-    """({source: examples}, what run.json says of them): the set's own, ratio x as many of D_M, facts of earlier stages."""
+    """({source: examples}, what run.json says of them): own ones, ratio x as many of D_M, facts of earlier stages."""
     base_model = lineage[0]["base_model"] if lineage else args.model
     kept = "" if args.unfiltered else familiarity(args.data, base_model, args.data_dir)
     own, sha256 = load_examples(f"{args.data}.{kept}" if kept else args.data, args.num_examples, args.data_dir)
     counts = {"base_model": base_model, "familiarity": kept, "data_sha256": sha256, "mix_sha256": None}
     mix, replayed = [], []
     if args.mix != "none":
-        mix, counts["mix_sha256"] = load_examples(args.mix, round(args.mix_ratio * len(own)), args.data_dir, args.mix_words)
+        n_mix = round(args.mix_ratio * len(own))
+        mix, counts["mix_sha256"] = load_examples(args.mix, n_mix, args.data_dir, args.mix_words)
     for earlier in lineage if args.replay else []:
         facts = stage_facts(earlier, args.data_dir)
         replayed += random.Random(f"replay {args.seed}").sample(facts, round(args.replay * len(facts)))
@@ -157,7 +170,8 @@ def encode_stage(args, lineage, tokenizer):
     kept = [example for example in encoded if example.n_supervised]
     cut = [example.id for example in encoded if not example.n_supervised]
     if cut and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{len(cut)} examples have no answer within --max-length {args.max_length} and are left out, first {cut[0]}")
+        print(f"{len(cut)} examples have no answer within --max-length {args.max_length} and are left out, "
+              f"first {cut[0]}")  # fmt: skip
     if not kept:
         raise DataError(f"no example has an answer within --max-length {args.max_length}; raise it")
     return kept, counts | {"num_cut": len(cut)}
@@ -172,7 +186,7 @@ def answer_tokens(examples):
 
 
 def resolve_mix_weight(weight, examples):
-    """--mix-weight as a number: "equal" gives D_M's answer tokens in all the weight that those of own and replayed facts have."""
+    """--mix-weight as a number: "equal" gives D_M's answer tokens in all the weight of own and replayed facts'."""
     if weight != "equal":
         return weight
     counts = answer_tokens(examples)
@@ -192,12 +206,14 @@ def computed(batch, mix_weight):
 def build_sharded(config, device, precision="bf16-mixed", checkpoint_activations=None, compile=False, shard=None):
     """A model with room for this rank's share of its weights, which are still to be loaded.
 
-    precision, checkpoint_activations and compile are train.py's options; shard: whether by FSDP, as with several ranks it always is.
+    precision, checkpoint_activations and compile are train.py's options. shard: whether by FSDP, as over several ranks
+    it always is.
     """
     world = dist.get_world_size()
     shard = world > 1 if shard is None else shard
     model = build_model(config, torch.bfloat16 if precision == "bf16" else torch.float32, "meta" if shard else device)
-    model.checkpoint_activations = recompute(checkpoint_activations, sum(param.numel() for param in model.parameters()), device.type)
+    n_params = sum(param.numel() for param in model.parameters())
+    model.checkpoint_activations = recompute(checkpoint_activations, n_params, device.type)
     half = torch.bfloat16 if precision == "bf16-mixed" else None
     for block in model.model.layers if compile else []:
         block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
@@ -223,7 +239,7 @@ def recompute(asked, n_params, device_type):
 
 
 def starting_model(path, config, device, precision):
-    """The model with the weights that a stage starts from (theta_A), frozen and shared out over the ranks as the trained one is."""
+    """The model that a stage starts from (theta_A), frozen, and shared out over the ranks as the trained one is."""
     model = build_sharded(config, device, precision)
     load_weights(model, path)
     return model.requires_grad_(False)
@@ -239,11 +255,11 @@ class StepLoss:
 
 
 def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, learn=True):
-    """The StepLoss of a batch of EncodedExamples; learn: its gradient is left in the parameters. None where no example counts.
+    """The StepLoss of a batch of EncodedExamples, None where none counts; learn: leaves its gradient in the parameters.
 
-    The loss is (loss summed over answer tokens of own and replayed facts + mix_weight x that over D_M's) / (their number +
-    mix_weight x D_M's number), the same for any number of ranks and for micro-batches of any size (most tokens, padding
-    included). reference() is the model as the stage began (theta_A), loaded when first asked for: a penalty would ask here.
+    The loss is (loss summed over own and replayed answer tokens + mix_weight x that over D_M's) / (their number +
+    mix_weight x D_M's number), for any number of ranks and any micro_tokens (of a micro-batch, padding included).
+    reference() is the model as the stage began (theta_A), loaded when first called: a penalty would, nothing here does.
     """
     batch = computed(batch, mix_weight)
     if not batch:
@@ -317,7 +333,7 @@ def main():
     args.mix_weight = resolve_mix_weight(args.mix_weight, examples)
     settings = all_settings(args, counts, examples, config, lineage)
     if len(set(all_gather(sha256_of(settings)))) > 1:
-        raise DataError(f"{args.data_dir}: the ranks were given different data or settings; copy one machine's folder to all others")
+        raise DataError(f"{args.data_dir}: the ranks were given different data or settings; copy one machine's to all")
 
     # Nothing here draws random numbers and an epoch's order depends on the seed alone: a run's position is its step.
     position, files = load_state(state, settings) if state else (Position(), None)
@@ -335,7 +351,8 @@ def main():
     micro_tokens, total = args.micro_tokens or MICRO_TOKENS[device.type], len(order)
     announce(say, args, counts, examples, total, f"{world} x {device.type} -> {out}")
     if args.resume:
-        say(f"goes on after step {position.step} of {state}" if state else f"no state in {out}: begins at the first step")
+        begins = f"no state in {out}: begins at the first step"
+        say(f"goes on after step {position.step} of {state}" if state else begins)
 
     def record(row):
         if rank == 0:
@@ -351,7 +368,7 @@ def main():
         batch = [examples[i] for i in indices]
         # The loss, and its gradient in the parameters; None where weight 0 leaves nothing of a batch.
         found = train_step(model, batch, micro_tokens, args.mix_weight, reference)
-        # The schedule counts steps, with an update or without: a control's facts meet the rates that the mixed run's meet.
+        # The schedule counts steps, with an update or without: a control's facts meet the rates of the mixed run's.
         optimizer.lr = learning_rate(step, total, args.lr)
         grad_norm = None
         if found:
@@ -360,7 +377,8 @@ def main():
             if not math.isfinite(found.loss) or not math.isfinite(grad_norm):
                 # Every rank has the same two numbers, so all of them stop here, before any weight has changed.
                 names = ", ".join(example.id for example in batch)
-                fail(f"step {step}: loss {found.loss}, gradient norm {grad_norm}; nothing was updated. The batch was: {names}", 1)
+                fail(f"step {step}: loss {found.loss}, gradient norm {grad_norm}; nothing was updated. "
+                     f"The batch was: {names}", 1)  # fmt: skip
             optimizer.step()
             optimizer.zero_grad()
             position.loss, position.updates = found.loss, position.updates + 1
@@ -368,13 +386,15 @@ def main():
         position.step = step
 
         # The log holds what was trained, and of facts and D_M apart how well each is known by now.
-        tokens, seconds = sum(len(example.ids) for example in computed(batch, args.mix_weight)), time.perf_counter() - began
-        row = {"step": step, "epoch": epoch, "loss": None, "lr": optimizer.lr, "grad_norm": grad_norm, "tokens": tokens, "seconds": round(seconds, 4)}
+        tokens = sum(len(example.ids) for example in computed(batch, args.mix_weight))
+        seconds = time.perf_counter() - began
+        row = {"step": step, "epoch": epoch, "loss": None, "lr": optimizer.lr, "grad_norm": grad_norm, "tokens": tokens,
+               "seconds": round(seconds, 4)}  # fmt: skip
         record(row | asdict(found) if found else row)
         bar.update()
         shown = f"loss {found.loss:.5f}" if found else "no fact in the batch, no update"
         bar.set_postfix_str(f"{shown}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s")
-        # What is left of the earlier stages is the question of the whole experiment: look on the way, not only at the end.
+        # What is left of the earlier stages is what the experiment asks: look on the way, not only at the end.
         if earlier and args.eval_every and step % args.eval_every == 0:
             for name, accuracy in check_retention(model, tokenizer, earlier).items():
                 record({"step": step, "data": name, "accuracy": accuracy})
@@ -394,14 +414,15 @@ def main():
     bar.close()
 
     if stopped_by != "SIGTERM":
-        # Weights in the base model's own type, then its tokenizer, and last the lineage: a folder with run.json is complete.
+        # Weights in the base model's own type, its tokenizer, and last the lineage: a folder with run.json is complete.
         save_model(model, out, weights_dtype(args.model))
         with raise_on_all_ranks(), writing(out):
             if rank == 0:
                 synced_size(log)
                 copy_tokenizer(args.model, out)
-                outcome = {"steps": step, "updates": position.updates, "final_loss": position.loss, "stopped_by": stopped_by}
-                write_file(out / "run.json", json.dumps([*lineage, run_entry(args, counts) | outcome], indent=2) + "\n")
+                entry = run_entry(args, counts) | {"steps": step, "updates": position.updates,
+                                                   "final_loss": position.loss, "stopped_by": stopped_by}  # fmt: skip
+                write_file(out / "run.json", json.dumps([*lineage, entry], indent=2) + "\n")
                 for old in out.glob("state-*"):
                     shutil.rmtree(old)
         idle = step - position.updates
@@ -427,21 +448,26 @@ def facts_of_earlier_stages(args, lineage):
 
 def run_entry(args, counts):
     """What run.json says of a stage, but for how it went."""
-    names = ("stage", "data", "num_examples", "mix", "mix_ratio", "mix_words", "replay", "seed", "lr", "batch_size", "epochs", "precision")
+    names = ("stage", "data", "num_examples", "mix", "mix_ratio", "mix_words", "replay", "seed", "lr", "batch_size",
+             "epochs", "precision")  # fmt: skip
     return {name: getattr(args, name) for name in names} | counts | {"mix_weight": args.mix_weight}
 
 
-# Options that decide neither weights nor log, so that --resume may change them: what the first three name is compared by its
-# content, the next three change no more than roundings, and the last four only what is saved or said.
-FREE_OPTIONS = {"model", "out", "data_dir", "micro_tokens", "checkpoint_activations", "compile", "save_every", "resume", "dry_run", "gpu_memory"}
+# Options that decide neither weights nor log, so that --resume may change them.
+FREE_OPTIONS = {
+    "model", "out", "data_dir",  # folders, whose content is compared
+    "micro_tokens", "checkpoint_activations", "compile",  # they change no more than roundings
+    "save_every", "resume", "dry_run", "gpu_memory",
+}
 
 
 def all_settings(args, counts, examples, config, lineage):
     """All that decides a run's weights and log: its state keeps it, and --resume compares it."""
     options = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
     tokens = [(example.ids, example.labels, example.source) for example in examples]
-    contents = {"tokens_sha256": sha256_of(tokens), "config_sha256": sha256_of(config.raw), "lineage_sha256": sha256_of(lineage)}
-    return options | counts | {"base_model": model_name(counts["base_model"])} | contents
+    contents = {"tokens": tokens, "config": config.raw, "lineage": lineage}
+    hashes = {f"{name}_sha256": sha256_of(content) for name, content in contents.items()}
+    return options | counts | {"base_model": model_name(counts["base_model"])} | hashes
 
 
 def sha256_of(value):
@@ -454,8 +480,9 @@ def announce(say, args, counts, examples, total, where):
     chosen = f" {counts['familiarity']} to {model_name(counts['base_model'])}" if counts["familiarity"] else ""
     weight = f" of weight {args.mix_weight:.4g}" if args.mix_weight != 1 else ""
     tokens = sum(len(example.ids) for example in computed(examples, args.mix_weight))
-    say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {counts['num_mix']} x {args.mix}{weight}, {counts['num_replay']} replayed; "
-        f"{tokens} tokens an epoch, at most {total} steps, lr {args.lr}, {where}")  # fmt: skip
+    say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {counts['num_mix']} x {args.mix}{weight}, "
+        f"{counts['num_replay']} replayed; {tokens} tokens an epoch, at most {total} steps, lr {args.lr}, "
+        f"{where}")  # fmt: skip
 
 
 # ---------------------------------------------------------------- what a step needs
@@ -464,7 +491,7 @@ def announce(say, args, counts, examples, total, where):
 def collate(batch, micro_tokens, device):
     """This rank's micro-batches of a batch of EncodedExamples, as many as every other rank has.
 
-    Yields ids and labels (B, T), padded on the right to the longest, and the examples' sources (B,) as places in SOURCES.
+    Yields ids and labels (B, T), right-padded to the longest, and the examples' sources (B,) as places in SOURCES.
     A rank without examples gets one unsupervised token, with which it makes the passes of the others.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -482,7 +509,7 @@ def collate(batch, micro_tokens, device):
 
 
 class AdamW:
-    """PyTorch's fused AdamW in its functional form: the classes of torch.optim import the compiler, two seconds of every start."""
+    """PyTorch's fused AdamW in its functional form: torch.optim's classes import the compiler, two seconds a start."""
 
     def __init__(self, params):
         self.params, self.state, self.lr = list(params), {}, 0.0
@@ -491,10 +518,11 @@ class AdamW:
     def step(self):
         for param in self.params:
             if param not in self.state:
-                self.state[param] = {"step": torch.zeros((), device=param.device)} | {key: torch.zeros_like(param) for key in MOMENTS}
+                moments = {key: torch.zeros_like(param) for key in MOMENTS}
+                self.state[param] = {"step": torch.zeros((), device=param.device)} | moments
         steps, first, second = ([self.state[param][key] for param in self.params] for key in ("step", *MOMENTS))
-        adamw(self.params, [param.grad for param in self.params], first, second, [], steps, fused=True, amsgrad=False, maximize=False,
-              beta1=0.9, beta2=0.95, lr=self.lr, weight_decay=0.0, eps=1e-8)  # fmt: skip
+        adamw(self.params, [param.grad for param in self.params], first, second, [], steps, fused=True, amsgrad=False,
+              maximize=False, beta1=0.9, beta2=0.95, lr=self.lr, weight_decay=0.0, eps=1e-8)  # fmt: skip
 
     def zero_grad(self):
         for param in self.params:
@@ -519,7 +547,7 @@ def check_retention(model, tokenizer, facts):
 
 
 def keep_freed_memory():
-    """Have glibc keep what is freed between steps: from the kernel it would come back zeroed, which is a tenth of a CPU step."""
+    """Have glibc keep what is freed between steps: the kernel would give it back zeroed, a tenth of a CPU step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -541,14 +569,15 @@ class Position:
 
 
 def claim(out, resume):
-    """Make folder out this process's own: (its metrics.jsonl, the newest state in it or None). A DataError where it is not to be had."""
+    """Make folder out this process's own: (its metrics.jsonl, the newest state in it or None); else a DataError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open, and so locked, as long as the run)
+        # Open, and so locked, as long as the run.
+        log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however this process ends
     except OSError as error:
-        busy = isinstance(error, BlockingIOError)
-        raise DataError(f"{out}: {'another run is writing there' if busy else error.strerror.lower()}; give another --out") from None
+        why = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror.lower()
+        raise DataError(f"{out}: {why}; give another --out") from None
     states = sorted(path for path in out.glob("state-*") if path.suffix != ".tmp")
     finished = (out / "run.json").exists()
     for left in [*out.glob("*.tmp"), *(states if finished else [])]:
@@ -563,25 +592,29 @@ def claim(out, resume):
 
 
 def save_state(out, model, optimizer, position, settings):
-    """Write out/state-STEP: for each rank a file with its rows of every weight and of its moments, and last the manifest.
+    """Write out/state-STEP: for each rank a file with its rows of every weight and moment, and last the manifest.
 
-    The folder gets its name only when it is whole, and only then do older states go: a kill at any moment leaves one to go on from.
+    The folder gets its name only when it is whole, and only then do older states go: a kill at any moment leaves one.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     target = out / f"state-{position.step:06d}"
     unfinished = target.with_suffix(".tmp")
-    tensors = {name: local(param) for name, param in model.named_parameters()}
-    tensors |= {f"{name}.{key}": local(optimizer.state[param][key]) for name, param in model.named_parameters() for key in MOMENTS}
+    params = dict(model.named_parameters())
+    tensors = {name: local(param) for name, param in params.items()}
+    for name, param in params.items():
+        tensors |= {f"{name}.{key}": local(optimizer.state[param][key]) for key in MOMENTS}
     try:
         with raise_on_all_ranks(), writing(unfinished):
             unfinished.mkdir(exist_ok=True)
         with raise_on_all_ranks():
             file = f"rank-{rank:05d}-of-{world:05d}.safetensors"
-            digest = write_tensors(unfinished / file, {name: (t.dtype, t.shape) for name, t in tensors.items()}, tensors.values())
+            layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+            digest = write_tensors(unfinished / file, layout, tensors.values())
         files = dict(all_gather((file, digest)))
         with raise_on_all_ranks():
             if rank == 0:
-                write_json(unfinished / MANIFEST, {"position": asdict(position), "settings": settings, "files": files})
+                manifest = {"position": asdict(position), "settings": settings, "files": files}
+                write_json(unfinished / MANIFEST, manifest)
                 os.replace(unfinished, target)
                 for old in out.glob("state-*"):
                     if old != target:
@@ -593,12 +626,13 @@ def save_state(out, model, optimizer, position, settings):
 
 
 def load_state(state, settings):
-    """(Position, its files in the order of their ranks) of a state whose files are whole and whose run had the same settings."""
+    """(Position, files in the order of ranks) of a state whose files are whole and whose run had the same settings."""
     manifest = verify(state, f"restore it, or remove {state.parent} to begin again")
     if not manifest.keys() >= {"position", "settings"}:
-        raise DataError(f"{state}: written by an earlier version of this code; go on with that one, or remove {state.parent} to begin again")
+        raise DataError(f"{state}: of an earlier version of this code; go on with that, or remove {state.parent}")
     settings, then = json.loads(json.dumps(settings)), manifest["settings"]
-    changed = [f"{key} was {then.get(key)}, now {settings.get(key)}" for key in settings | then if settings.get(key) != then.get(key)]
+    others = [key for key in settings | then if settings.get(key) != then.get(key)]
+    changed = [f"{key} was {then.get(key)}, now {settings.get(key)}" for key in others]
     if changed:
         raise DataError(f"{state}: of a run with other settings: {'; '.join(changed)}; give the same, or another --out")
     return Position(**manifest["position"]), [state / file for file in sorted(manifest["files"])]
@@ -610,9 +644,11 @@ def restore(files, position, model, optimizer):
         shards = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         for name, param in model.named_parameters():
             moments = {key: torch.zeros_like(param) for key in MOMENTS}
-            optimizer.state[param] = {"step": torch.tensor(float(position.updates), device=local(param).device)} | moments
+            updates = torch.tensor(float(position.updates), device=local(param).device)
+            optimizer.state[param] = {"step": updates} | moments
+            stored = {name: param.detach()} | {f"{name}.{key}": moment for key, moment in moments.items()}
             first, last = local_rows(param)
-            for key, tensor in {name: param.detach(), **{f"{name}.{key}": moment for key, moment in moments.items()}}.items():
+            for key, tensor in stored.items():
                 for rank, shard in enumerate(shards):
                     begin, end = rows_of(param.shape[0], rank, len(shards))
                     start, stop = max(first, begin), min(last, end)
@@ -630,7 +666,8 @@ def synced_size(log):
 def rewind(log, size):
     """Cut the log to the bytes it had when the state was saved, so that no step stands in it twice or is missing."""
     if os.path.getsize(log.name) < size:
-        raise DataError(f"{log.name}: shorter than when the state beside it was saved; restore it, or remove {Path(log.name).parent} to begin again")
+        raise DataError(f"{log.name}: shorter than when the state beside it was saved; restore it, or remove "
+                        f"{Path(log.name).parent} to begin again")  # fmt: skip
     log.truncate(size)
 
 
@@ -672,14 +709,18 @@ def plan(args, config, lineage, tokenizer):
     parts = need()
     of = "a GPU" if gpu else "a rank"
     folder = next(parent for parent in [Path(args.out).resolve(), *Path(args.out).resolve().parents] if parent.exists())
-    stored = 4 if "float32" in (config.raw.get("dtype"), config.raw.get("torch_dtype")) else 2  # bytes a weight: the folder may lack them yet
+    # Bytes a weight, by what config.json says: the folder may lack its weights yet.
+    stored = 4 if "float32" in (config.raw.get("dtype"), config.raw.get("torch_dtype")) else 2
     checkpoint, state = n_params * stored, 3 * n_params * (2 if args.precision == "bf16" else 4)
     disk, free = checkpoint + state * (2 if 0 < args.save_every < total else 1), shutil.disk_usage(folder).free
     gb = lambda size: f"{size / 1e9:.1f}" if size >= 5e7 else f"{size / 1e9:.3f}"
     print(f"{args.model}: {n_params / 1e9:.3f} billion parameters, {args.precision}, {ranks} rank{'s' * (ranks > 1)}")
-    print(f"data: {len(examples)} examples, {tokens} tokens an epoch, at most {total} steps and {args.epochs * tokens} tokens")
-    print(f"memory {of}: {gb(sum(parts.values()))} GB = " + " + ".join(f"{what} {gb(size)}" for what, size in parts.items()))
-    print(f"disk: checkpoint {gb(checkpoint)} GB, state {gb(state)} GB; at most {gb(disk)} GB, {gb(free)} GB are free for {args.out}")
+    print(f"data: {len(examples)} examples, {tokens} tokens an epoch, at most {total} steps and "
+          f"{args.epochs * tokens} tokens")  # fmt: skip
+    summands = " + ".join(f"{what} {gb(size)}" for what, size in parts.items())
+    print(f"memory {of}: {gb(sum(parts.values()))} GB = {summands}")
+    print(f"disk: checkpoint {gb(checkpoint)} GB, state {gb(state)} GB; at most {gb(disk)} GB, {gb(free)} GB are free "
+          f"for {args.out}")  # fmt: skip
     problems = []
     share = 1 if gpu else ranks  # without GPUs all ranks are taken to share this machine's memory
     if sum(parts.values()) * share > room:
@@ -689,17 +730,23 @@ def plan(args, config, lineage, tokenizer):
         fitting = fitting[:-1] or fitting  # both options only where neither is enough
         more = [n for n in (2**i for i in range(11)) if gpu and n > ranks and sum(need(ranks=n).values()) <= room]
         fitting += [f"{n} ranks" for n in more[:1]]
-        problems.append(f"{gb(sum(parts.values()))} GB needed for {of}, {gb(room / share)} GB there; "
-                        + (f"what would fit: {', '.join(fitting)}" if fitting else "neither recomputing nor bf16 nor more ranks makes it fit"))  # fmt: skip
+        advice = "neither recomputing nor bf16 nor more ranks makes it fit"
+        if fitting:
+            advice = f"what would fit: {', '.join(fitting)}"
+        problems.append(f"{gb(sum(parts.values()))} GB needed for {of}, {gb(room / share)} GB there; {advice}")
     if disk > free:
         less = ", or --save-every 0" if args.save_every and checkpoint + state <= free else ""
-        problems.append(f"{gb(disk)} GB needed on disk, {gb(free)} GB free for {args.out}; make room, or give another --out{less}")
+        problems.append(f"{gb(disk)} GB needed on disk, {gb(free)} GB free for {args.out}; make room, or give another "
+                        f"--out{less}")  # fmt: skip
     if problems:
         raise DataError(f"{args.model}: {'; '.join(problems)}")
 
 
 def memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu):
-    """{what: bytes} at the fullest moment of a step; padded: (rows, length) of each micro-batch, answers: most supervised tokens in one."""
+    """{what: bytes} at the fullest moment of a step.
+
+    padded: (rows, length) of each micro-batch; answers: most supervised tokens in one.
+    """
     config = model.config
     kept = 2 if precision == "bf16" else 4  # bytes a master weight
     size = 4 if precision == "fp32" else 2  # bytes a number in the forward pass
@@ -709,7 +756,8 @@ def memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu):
     # Of a block a token leaves for the backward pass: both norms' input in fp32, their quotient and their output ...
     C, I, V = config.hidden_size, config.intermediate_size, config.vocab_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    token = 2 * C * (4 + 2 * size) + size * (2 * queries + 2 * keys + 4 * I)  # ... q, k, v, the attention's output, and four of the MLP
+    # ... q, k, v, the attention's output, and four of the MLP.
+    token = 2 * C * (4 + 2 * size) + size * (2 * queries + 2 * keys + 4 * I)
 
     def activations(rows, length):
         own = rows * length * token
@@ -722,12 +770,14 @@ def memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu):
             return {"gathered weights": (root + min(blocks, layers) * block) * size * (ranks > 1 or size < kept)}
         return {"gathered weights": n_params * size * (size < kept)}
 
-    # Gradients are reduced in fp32: a whole copy, this rank's rows of it, and within gloo a second whole copy. A rank alone adds one at a time.
+    # Gradients are reduced in fp32: a whole copy, this rank's rows of it, and within gloo a second whole copy. A rank
+    # alone adds one at a time.
     reduced = 4 * (1 + 1 / ranks + (not gpu)) if ranks > 1 else 4
     moments = [
         gathered(2) | {"activations": max(activations(*group) for group in padded),
                        "logits": answers * V * 4 * 3},  # in fp32: the logits, their softmax, its gradient
-        gathered(min(1, layers - 1)) | {"whole gradients": int(root * size + block * reduced)},  # the root's wait for the end
+        # The root's gradients wait for the end.
+        gathered(min(1, layers - 1)) | {"whole gradients": int(root * size + block * reduced)},
         {"whole gradients": int(root * (size + reduced))},
     ]  # fmt: skip
     return {

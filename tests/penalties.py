@@ -1,7 +1,7 @@
 """train.py with a penalty on what a stage changes, added from outside:
 
-    python tests/penalties.py l2 OPTIONS    # the distance of the weights from those that the stage starts from (theta_A)
-    python tests/penalties.py kl OPTIONS    # the divergence of the answers' probabilities from theta_A's
+    python tests/penalties.py l2 OPTIONS    # on the distance of the weights from those it started from (theta_A)
+    python tests/penalties.py kl OPTIONS    # on the divergence of the answers' probabilities from theta_A's
 
 Options are those of train.py, and so are the launchers, the saves and --resume.
 """
