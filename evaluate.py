@@ -42,7 +42,6 @@ from data import (
 from model import CheckpointError, end_process_group, fail, load_model, setup_device, weights_dtype
 
 BATCH = 128  # prompts that generate together
-LOGITS = 4096  # about as many positions have logits at a time while drafts are looked at
 
 
 def check_vocabulary(tokenizer, config, path):
@@ -91,12 +90,10 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
     prefix_len = common_prefix_len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine = by_length[rank::world]
-    n_positions = sum(len(draft) + 1 for draft in drafts or [])  # with logits, of all prompts
-    batch = max(1, min(BATCH, LOGITS * len(prompts) // n_positions)) if drafts else BATCH
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
     new_ids = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device)
-    for start in tqdm(range(0, len(by_length[::world]), batch), desc="asking", disable=not progress or rank > 0):
-        rows = mine[start : start + batch]
+    for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
+        rows = mine[start : start + BATCH]
         guesses = drafts and [drafts[i] for i in rows]
         stop = responses and (lambda k, ids, rows=rows: is_wrong(tokenizer.decode(ids), responses[rows[k]]))
         for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses, stop, prefix_len)):
@@ -388,8 +385,10 @@ def read_grid(folder):
         for part, entry in zip(parts, lineage):
             data, *others = part[1].removesuffix("+familiar").split("+")
             mix = "+" + others[0].partition(".")[0] if others and not others[0].startswith("replay") else "+none"
-            if data.removesuffix("-long") != set_label(entry["data"]) or mix[1:] != set_label(entry["mix"]) or int(part[2]) != entry["seed"]:
-                raise DataError(f"{run}: its name says {part[0]}, its run.json {entry['data']} with mix {entry['mix']} and seed {entry['seed']}; rename the folder")
+            weight = entry.get("mix_weight", 1)  # other than 1 it stands behind the mix, as in random.m0
+            named = bool(others) and ".m" in others[0]
+            if data.removesuffix("-long") != set_label(entry["data"]) or mix[1:] != set_label(entry["mix"]) or named != (weight != 1) or int(part[2]) != entry["seed"]:
+                raise DataError(f"{run}: its name says {part[0]}, its run.json {entry['data']} with mix {entry['mix']} of weight {weight:g} and seed {entry['seed']}; rename the folder")
         name = model_name(lineage[0]["base_model"])
         key = "/".join(part[1] for part in parts)
         grid.setdefault(name, {}).setdefault(key, {})[lineage[-1]["seed"]] = {"folder": run, "lineage": lineage, "eval": read_rows(file)}
@@ -620,7 +619,7 @@ def retention(grid, a):
     curves = {}
     for key, runs in grid.items():
         labels = key.split("/")
-        if len(labels) != 2 or labels[0].split("+")[0].removesuffix("-long") != a or re.search(r"\.[wx]|replay", key):
+        if len(labels) != 2 or labels[0].split("+")[0].removesuffix("-long") != a or re.search(r"\.[wxm]|replay", key):
             continue
         row = "/".join(label.partition("+")[2] or ("long" if "-long" in label else "-") for label in labels)
         for run in runs.values():

@@ -389,6 +389,8 @@ class Transformer(nn.Module):
         device = self.model.embed_tokens.weight.device
         rows = prompts or [[0] * (prefix_len + 1)]  # a rank with nothing to ask makes the same passes as the others
         drafts = [draft[: max_new_tokens - 1] for draft in drafts] if drafts else [[]] * len(rows)
+        if sum(len(draft) + 1 for draft in drafts) > DRAFT_LOGITS and not return_hidden:
+            drafts = [draft[: max(0, DRAFT_LOGITS // len(rows) - 1)] for draft in drafts]
         cache = Cache(max(map(len, rows)) + max_new_tokens)
         greedy, hidden = prefill(self, cache, rows, drafts, prefix_len, return_hidden)
         new = [accept_draft(draft, choices) for draft, choices in zip(drafts, greedy)]
@@ -416,6 +418,8 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------- generation, step by step
+
+DRAFT_LOGITS = 2048  # most positions of a batch whose logits exist at a time; a longer draft is looked at up to there
 
 
 def prefill(model, cache, prompts, drafts, prefix_len, return_hidden):
@@ -676,6 +680,17 @@ def weights_dtype(path):
         raise CheckpointError(f"{path}: no tensor model.embed_tokens.weight: not a Llama or Mistral checkpoint")
     with _open_shard(file) as shard:
         return FLOAT_TYPES.get(shard.get_slice("model.embed_tokens.weight").get_dtype(), torch.bfloat16)
+
+
+def weights_sample_sha256(path):
+    """Tells models of one shape apart: the sha256 of a sample of every tensor's bytes in a folder, its first rows."""
+    digest = hashlib.sha256()
+    for name, file in sorted(_tensor_files(Path(path)).items()):
+        with _open_shard(file) as shard:
+            tensor = shard.get_slice(name)
+            rows = tensor[:1] if len(tensor.get_shape()) > 1 else tensor[:4096]
+            digest.update(name.encode() + _bytes(rows).tobytes())
+    return digest.hexdigest()
 
 
 def _read_json(path, remedy):

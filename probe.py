@@ -33,7 +33,7 @@ from evaluate import (
 from model import (
     CheckpointError, Config, check_saved, end_process_group, fail, generation_mode, load_model, load_weights, local, setup_device, write_json,
 )
-from train import AdamW, answer_tokens, batches, build_sharded, keep_freed_memory, learning_rate, train_step
+from train import AdamW, batches, count_answer_tokens, build_sharded, keep_freed_memory, learning_rate, train_step
 
 TOP_K = 10  # section 5
 MICRO_TOKENS = 512  # most tokens of a training micro-batch, padding included
@@ -369,7 +369,7 @@ def meter(args, path, facts, steps, lr, device):
                 _, m = gradient(model, batch_m)
                 row |= {"AM": inner(a, m), "MM": inner(m, m), "BM": inner(b, m)}
                 # The gradient of the union is the mean by answer tokens, as in training: appendix A.3's beta_1 and beta_2.
-                counts, weight = answer_tokens(batch_b + batch_m), step.get("mix_weight", 1)
+                counts, weight = count_answer_tokens(batch_b + batch_m), step.get("mix_weight", 1)
                 share = weight * counts["mix"] / (counts["own"] + weight * counts["mix"])
                 union = [x.lerp(y, share) for x, y in zip(b, m)]
                 row["first_order"]["B+M"] = -lr * ((1 - share) * row["AB"] + share * row["AM"]).sum()
@@ -402,7 +402,7 @@ def real_change(model, weights, direction, lr, batch, before):
     """What a plain gradient step of size lr really does to a batch's loss; the weights are put back."""
     for p, w, g in zip(model.parameters(), weights, direction):
         local(p).copy_(w - lr * g)
-    after = train_step(model, batch, MICRO_TOKENS, learn=False).loss
+    after = train_step(model, batch, MICRO_TOKENS, backward=False).loss
     for p, w in zip(model.parameters(), weights):
         local(p).copy_(w)
     return after - before

@@ -43,7 +43,7 @@ from evaluate import check_vocabulary, exact_matches, read_lineage
 from model import (
     MANIFEST, CheckpointError, Config, SaveError, all_gather, answer_positions, any_rank, build_model,
     end_process_group, fail, full_tensor, generation_mode, load_weights, local, local_rows, raise_on_all_ranks, reshard,
-    rows_of, save_model, setup_device, verify, weights_dtype, write_json, write_tensors, writing,
+    rows_of, save_model, setup_device, verify, weights_dtype, weights_sample_sha256, write_json, write_tensors, writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -56,10 +56,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, for each weight
 
 def mix_weight(text):
     """--mix-weight's value: "equal" or a number."""
-    weight = text if text == "equal" else float(text)
-    if weight != "equal" and not 0 <= weight < math.inf:
-        raise ValueError
-    return weight
+    with contextlib.suppress(ValueError):
+        if text == "equal" or 0 <= float(text) < math.inf:
+            return text if text == "equal" else float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 on nor equal")
 
 
 def parse_args():
@@ -177,7 +177,7 @@ def encode_stage(args, lineage, tokenizer):
     return kept, counts | {"num_cut": len(cut)}
 
 
-def answer_tokens(examples):
+def count_answer_tokens(examples):
     """{source: answer tokens} of EncodedExamples."""
     counts = Counter()
     for example in examples:
@@ -187,16 +187,17 @@ def answer_tokens(examples):
 
 def resolve_mix_weight(weight, examples):
     """--mix-weight as a number: "equal" gives D_M's answer tokens in all the weight of own and replayed facts'."""
-    if weight != "equal":
-        return weight
-    counts = answer_tokens(examples)
-    if not counts["mix"]:
-        raise DataError("--mix-weight equal: D_M has no answer tokens; raise --mix-ratio or --max-length")
-    return (counts["own"] + counts["replay"]) / counts["mix"]
+    counts = count_answer_tokens(examples)
+    if weight == "equal" and counts["mix"]:
+        weight = (counts["own"] + counts["replay"]) / counts["mix"]
+    if weight == "equal" or not trained_examples(examples, weight):
+        raise DataError(f"--mix-weight {weight}: the stage has answer tokens {dict(counts)} within --max-length; "
+                        "raise that, or give another weight")  # fmt: skip
+    return weight
 
 
-def computed(batch, mix_weight):
-    """The examples of a batch that count in its loss."""
+def trained_examples(batch, mix_weight):
+    """A batch's examples that are computed: without D_M's, where they weigh nothing."""
     return [example for example in batch if mix_weight or example.source != "mix"]
 
 
@@ -242,31 +243,29 @@ def starting_model(path, config, device, precision):
     """The model that a stage starts from (theta_A), frozen, and shared out over the ranks as the trained one is."""
     model = build_sharded(config, device, precision)
     load_weights(model, path)
+    model.register_forward_hook(lambda *_: reshard(model))  # no backward pass will
     return model.requires_grad_(False)
 
 
 @dataclass
 class StepLoss:
-    """The loss of a batch, over all ranks."""
+    """The loss of a batch over all ranks: the mean of losses by their answer_tokens, those of D_M x mix_weight."""
 
-    loss: float  # that is trained: a mean over answer tokens, those of D_M counting mix_weight each
+    loss: float
     losses: dict  # {source: mean loss of its answer tokens}, of the sources that the batch has
     answer_tokens: dict  # {source: how many}
 
 
-def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, learn=True):
-    """The StepLoss of a batch of EncodedExamples, None where none counts; learn: leaves its gradient in the parameters.
+def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, backward=True):
+    """The StepLoss of a batch of trained_examples; backward: its gradient is left in the parameters.
 
     The loss is (loss summed over own and replayed answer tokens + mix_weight x that over D_M's) / (their number +
     mix_weight x D_M's number), for any number of ranks and any micro_tokens (of a micro-batch, padding included).
     reference() is the model as the stage began (theta_A), loaded when first called: a penalty would, nothing here does.
     """
-    batch = computed(batch, mix_weight)
-    if not batch:
-        return None
     device = model.model.embed_tokens.weight.device
     # Counted before the first backward pass: every micro-batch's gradient is a part of the whole batch's mean.
-    counts = answer_tokens(batch)
+    counts = count_answer_tokens(batch)
     n_tokens = counts["own"] + counts["replay"] + mix_weight * counts["mix"]
     weights = torch.tensor([mix_weight if source == "mix" else 1.0 for source in SOURCES], device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -274,21 +273,22 @@ def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, learn
     for ids, labels, sources in collate(batch, micro_tokens, device):
         (rows, columns), targets = answer_positions(labels)
         sources = sources[rows]  # of each answer token (n,)
-        with torch.set_grad_enabled(learn):
+        with torch.set_grad_enabled(backward):
             log_probs = model(ids, logit_positions=(rows, columns)).float().log_softmax(-1)  # (n, V)
-            losses = F.nll_loss(log_probs, targets, reduction="none")  # (n,)
-            if mix_weight in (0, 1):
-                loss_sum = F.nll_loss(log_probs, targets, reduction="sum")
+            losses = F.nll_loss(log_probs.detach(), targets, reduction="none")  # (n,)
+            if mix_weight == 1:
+                loss_sum = F.nll_loss(log_probs, targets, reduction="sum")  # no weights: in one pass
             else:
-                loss_sum = losses @ weights[sources]
-        if learn:
+                loss_sum = F.nll_loss(log_probs, targets, reduction="none") @ weights[sources]
+        del log_probs  # the largest tensor of all must not outlive its own backward pass
+        if backward:
             # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
             (loss_sum * dist.get_world_size() / n_tokens).backward()
         total += loss_sum.detach()
-        by_source += (sources == torch.arange(len(SOURCES), device=device)[:, None]).double() @ losses.detach().double()
+        by_source += (sources == torch.arange(len(SOURCES), device=device)[:, None]).double() @ losses.double()
     sums = torch.cat([total[None], by_source])
     dist.all_reduce(sums)
-    if not learn:
+    if not backward:
         reshard(model)
     total, *by_source = sums.tolist()
     losses = {source: summed / counts[source] for source, summed in zip(SOURCES, by_source) if counts[source]}
@@ -331,7 +331,8 @@ def main():
                 earlier = facts_of_earlier_stages(args, lineage)
     args.lr = args.lr or LEARNING_RATES[config.model_type]
     args.mix_weight = resolve_mix_weight(args.mix_weight, examples)
-    settings = all_settings(args, counts, examples, config, lineage)
+    with raise_on_all_ranks():
+        settings = all_settings(args, counts, examples, config, lineage)
     if len(set(all_gather(sha256_of(settings)))) > 1:
         raise DataError(f"{args.data_dir}: the ranks were given different data or settings; copy one machine's to all")
 
@@ -365,34 +366,33 @@ def main():
         began = time.perf_counter()
         # Every example once an epoch, facts and D_M shuffled together, in an order that seed and epoch alone decide.
         epoch, indices = order[step - 1]
-        batch = [examples[i] for i in indices]
-        # The loss, and its gradient in the parameters; None where weight 0 leaves nothing of a batch.
-        found = train_step(model, batch, micro_tokens, args.mix_weight, reference)
+        batch = trained_examples([examples[i] for i in indices], args.mix_weight)
         # The schedule counts steps, with an update or without: a control's facts meet the rates of the mixed run's.
         optimizer.lr = learning_rate(step, total, args.lr)
-        grad_norm = None
-        if found:
-            # One outlier must not undo the stage: the gradient is cut to length 1.
+        step_loss, grad_norm = None, None
+        if batch:
+            # The loss, and its gradient in the parameters. One outlier must not undo the stage: cut to length 1.
+            step_loss = train_step(model, batch, micro_tokens, args.mix_weight, reference)
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
-            if not math.isfinite(found.loss) or not math.isfinite(grad_norm):
-                # Every rank has the same two numbers, so all of them stop here, before any weight has changed.
+            if not math.isfinite(step_loss.loss) or not math.isfinite(grad_norm):
+                # Every rank has the same two numbers, so all of them stop here, before this step changes a weight.
                 names = ", ".join(example.id for example in batch)
-                fail(f"step {step}: loss {found.loss}, gradient norm {grad_norm}; nothing was updated. "
+                fail(f"step {step}: loss {step_loss.loss}, gradient norm {grad_norm}; nothing was updated. "
                      f"The batch was: {names}", 1)  # fmt: skip
             optimizer.step()
-            optimizer.zero_grad()
-            position.loss, position.updates = found.loss, position.updates + 1
-            position.hits = position.hits + 1 if found.loss < args.stop_loss else 0
+            optimizer.zero_grad()  # the next step's gradient adds up from nothing
+            # Only an update says whether the facts are learned: a batch without one neither counts nor breaks the row.
+            position.loss, position.updates = step_loss.loss, position.updates + 1
+            position.hits = position.hits + 1 if step_loss.loss < args.stop_loss else 0
         position.step = step
 
-        # The log holds what was trained, and of facts and D_M apart how well each is known by now.
-        tokens = sum(len(example.ids) for example in computed(batch, args.mix_weight))
-        seconds = time.perf_counter() - began
+        # The log holds the loss that this step trained on, whole and by source.
+        tokens, seconds = sum(len(example.ids) for example in batch), time.perf_counter() - began
         row = {"step": step, "epoch": epoch, "loss": None, "lr": optimizer.lr, "grad_norm": grad_norm, "tokens": tokens,
                "seconds": round(seconds, 4)}  # fmt: skip
-        record(row | asdict(found) if found else row)
+        record(row | asdict(step_loss) if step_loss else row)
         bar.update()
-        shown = f"loss {found.loss:.5f}" if found else "no fact in the batch, no update"
+        shown = f"loss {step_loss.loss:.5f}" if step_loss else "no fact in the batch, no update"
         bar.set_postfix_str(f"{shown}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s")
         # What is left of the earlier stages is what the experiment asks: look on the way, not only at the end.
         if earlier and args.eval_every and step % args.eval_every == 0:
@@ -406,8 +406,7 @@ def main():
         # A kill must not cost more than --save-every steps, and SIGTERM, on whichever rank it came in, none.
         signalled = any_rank(terminated, device)
         if step < total and (signalled or args.save_every and step % args.save_every == 0):
-            position.log_bytes = synced_size(log)
-            state = save_state(out, model, optimizer, position, settings)
+            state = save_state(out, log, model, optimizer, position, settings)
             if signalled:
                 stopped_by = "SIGTERM"
                 break
@@ -467,6 +466,7 @@ def all_settings(args, counts, examples, config, lineage):
     tokens = [(example.ids, example.labels, example.source) for example in examples]
     contents = {"tokens": tokens, "config": config.raw, "lineage": lineage}
     hashes = {f"{name}_sha256": sha256_of(content) for name, content in contents.items()}
+    hashes["weights_sample_sha256"] = weights_sample_sha256(args.model)
     return options | counts | {"base_model": model_name(counts["base_model"])} | hashes
 
 
@@ -479,7 +479,7 @@ def announce(say, args, counts, examples, total, where):
     """The line that says what a run is about to do."""
     chosen = f" {counts['familiarity']} to {model_name(counts['base_model'])}" if counts["familiarity"] else ""
     weight = f" of weight {args.mix_weight:.4g}" if args.mix_weight != 1 else ""
-    tokens = sum(len(example.ids) for example in computed(examples, args.mix_weight))
+    tokens = sum(len(example.ids) for example in trained_examples(examples, args.mix_weight))
     say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {counts['num_mix']} x {args.mix}{weight}, "
         f"{counts['num_replay']} replayed; {tokens} tokens an epoch, at most {total} steps, lr {args.lr}, "
         f"{where}")  # fmt: skip
@@ -513,13 +513,12 @@ class AdamW:
 
     def __init__(self, params):
         self.params, self.state, self.lr = list(params), {}, 0.0
+        for param in self.params:
+            moments = {key: torch.zeros_like(param) for key in MOMENTS}
+            self.state[param] = {"step": torch.zeros((), device=param.device)} | moments
 
     @torch.no_grad()
     def step(self):
-        for param in self.params:
-            if param not in self.state:
-                moments = {key: torch.zeros_like(param) for key in MOMENTS}
-                self.state[param] = {"step": torch.zeros((), device=param.device)} | moments
         steps, first, second = ([self.state[param][key] for param in self.params] for key in ("step", *MOMENTS))
         adamw(self.params, [param.grad for param in self.params], first, second, [], steps, fused=True, amsgrad=False,
               maximize=False, beta1=0.9, beta2=0.95, lr=self.lr, weight_decay=0.0, eps=1e-8)  # fmt: skip
@@ -591,7 +590,7 @@ def claim(out, resume):
     return log, states[-1] if states else None
 
 
-def save_state(out, model, optimizer, position, settings):
+def save_state(out, log, model, optimizer, position, settings):
     """Write out/state-STEP: for each rank a file with its rows of every weight and moment, and last the manifest.
 
     The folder gets its name only when it is whole, and only then do older states go: a kill at any moment leaves one.
@@ -606,6 +605,7 @@ def save_state(out, model, optimizer, position, settings):
     try:
         with raise_on_all_ranks(), writing(unfinished):
             unfinished.mkdir(exist_ok=True)
+            position.log_bytes = synced_size(log)
         with raise_on_all_ranks():
             file = f"rank-{rank:05d}-of-{world:05d}.safetensors"
             layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
@@ -643,10 +643,8 @@ def restore(files, position, model, optimizer):
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         for name, param in model.named_parameters():
-            moments = {key: torch.zeros_like(param) for key in MOMENTS}
-            updates = torch.tensor(float(position.updates), device=local(param).device)
-            optimizer.state[param] = {"step": updates} | moments
-            stored = {name: param.detach()} | {f"{name}.{key}": moment for key, moment in moments.items()}
+            optimizer.state[param]["step"].fill_(position.updates)
+            stored = {name: param.detach()} | {f"{name}.{key}": optimizer.state[param][key] for key in MOMENTS}
             first, last = local_rows(param)
             for key, tensor in stored.items():
                 for rank, shard in enumerate(shards):
@@ -682,7 +680,7 @@ def plan(args, config, lineage, tokenizer):
     gpu = args.gpu_memory is not None or torch.cuda.is_available()
     examples, _ = encode_stage(args, lineage, tokenizer)
     weight = resolve_mix_weight(args.mix_weight, examples)
-    tokens = sum(len(example.ids) for example in computed(examples, weight))  # an epoch
+    tokens = sum(len(example.ids) for example in trained_examples(examples, weight))  # an epoch
     total = args.epochs * math.ceil(len(examples) / args.batch_size)
     model = build_model(config, torch.float32)
     n_params = sum(param.numel() for param in model.parameters())
@@ -693,7 +691,7 @@ def plan(args, config, lineage, tokenizer):
         micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if gpu else "cpu"]
         padded, answers = [], 0
         for _, indices in batches(len(examples), args.batch_size, 1, args.seed):
-            batch = computed([examples[i] for i in indices], weight)
+            batch = trained_examples([examples[i] for i in indices], weight)
             lengths = {i: len(example.ids) for i, example in enumerate(batch)}
             for group in micro_batches(lengths, micro_tokens, ranks):
                 padded.append((len(group), max((lengths[i] for i in group), default=1)))

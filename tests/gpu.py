@@ -247,10 +247,10 @@ def where():
 
 
 def logged(folder):
-    """[(loss, gradient norm) of each step] in a run's log."""
+    """[(loss, gradient norm) of each step that made an update] in a run's log."""
     log = folder / "metrics.jsonl"
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    return [(row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if "loss" in row]
+    return [(row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if row.get("loss") is not None]
 
 
 def error(ours, reference):

@@ -232,6 +232,8 @@ def test_penalty_after_a_kill(work, server, unbroken, penalty):
             assert "goes on after step" in output
         assert statuses == [0, 0], output
         outcomes[name] = outcome(out)
+    statuses, output = train(server, work, penalty, *map(str, COMMON), "--mix-weight", 0, "--batch-size", 1, "--out", f"{penalty}-0", script="tests/penalties.py")
+    assert statuses == [0] and "held no fact" in output, output
     assert outcomes["killed"] == outcomes["whole"]
     ours, plain = ([row["loss"] for row in log] for _, log in (outcomes["whole"], unbroken[2]))
     assert ours[0] == pytest.approx(plain[0], rel=1e-6) and all(a > b for a, b in zip(ours[2:], plain[2:])), "it costs nothing at first, then it holds back"
@@ -431,6 +433,17 @@ def test_other_settings(work, server, interrupted, options, difference):
     assert statuses == [2] and difference in output, output
 
 
+def test_other_weights(work, server, interrupted):
+    """--resume from a model of the same name and shape with other weights is refused: it is not what the stage started from."""
+    other = work / "other/tiny"
+    shutil.copytree(work / "models/tiny", other)
+    model = load_model(other, torch.float32)
+    model.model.norm.weight.data *= 1.5
+    save_model(model, other)
+    statuses, output = train(server, work, *TRAIN, "--model", other, "--out", interrupted, "--resume")
+    assert statuses == [2] and "weights_sample_sha256 was" in output, output
+
+
 def test_folder_of_an_unfinished_run(work, server, interrupted):
     """Without --resume an unfinished run is not overwritten; with it, a folder without a state begins at the first step."""
     statuses, output = train(server, work, *TRAIN, "--out", interrupted)
@@ -452,7 +465,7 @@ def test_two_runs_in_one_folder(work, server):
 
 
 @pytest.mark.parametrize("options", [["--precision", "bf16-mixed"], ["--precision", "bf16"], ["--precision", "fp32", "--checkpoint-activations"],
-                                     ["--mix-weight", "0", "--batch-size", "1"]])  # fmt: skip
+                                     ["--mix-weight", "0", "--batch-size", "1", "--save-every", "1"]])  # fmt: skip
 def test_precisions_go_on(work, server, options):
     """Each precision, and a run some of whose steps change nothing, ends after SIGTERM and --resume with the weights of one that was not stopped."""
     name = "-".join(options).strip("-")

@@ -135,7 +135,7 @@ def test_generate_stops_at_eos():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_drafts_change_no_answer(name):
+def test_drafts_change_no_answer(name, monkeypatch):
     """Whatever is guessed - right, wrong from some token on, too long, nothing - the answers are those without a guess; right guesses take one pass."""
     model, passes = load(name), []
     plain = [plain_generate(model, prompt, 20) for prompt in PROMPTS]
@@ -147,6 +147,8 @@ def test_drafts_change_no_answer(name):
     passes.clear()
     assert model.generate(PROMPTS, 20, -1, drafts=plain) == plain
     assert len(passes) == 1
+    monkeypatch.setattr(model_py, "DRAFT_LOGITS", 30)  # six of each draft's tokens
+    assert model.generate(PROMPTS, 20, -1, drafts=plain) == plain
 
 
 @pytest.mark.parametrize("name", TINY)

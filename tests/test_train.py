@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data import encode, encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
 from model import load_model, save_model, setup_device
-from train import train_step
+from train import train_step, trained_examples
 
 
 def metrics(folder):
@@ -130,7 +130,7 @@ def test_losses_apart(work, one_rank, weight, micro_tokens):
         n_tokens[source] = sum(e.n_supervised for e in examples)
     loss = sum(factors[source] * sums[source] for source in names) / sum(factors[source] * n_tokens[source] for source in names)
     expected = torch.autograd.grad(loss, list(model.parameters()))
-    found = train_step(model, batch, micro_tokens, weight)
+    found = train_step(model, trained_examples(batch, weight), micro_tokens, weight)
     there = [source for source in names if factors[source]]
     assert found.loss == pytest.approx(loss.item()) and found.answer_tokens == {source: n_tokens[source] for source in there}
     assert found.losses == pytest.approx({source: sums[source].item() / n_tokens[source] for source in there})
@@ -208,6 +208,7 @@ def test_loss_that_is_not_finite(work, ranks):
     (["--stage", 1, "--model", "models/tiny", "--mix", "random", "--mix-weight", -1], "--mix-weight"),
     (["--stage", 1, "--model", "models/tiny", "--mix", "random", "--mix-weight", "nan"], "--mix-weight"),
     (["--stage", 1, "--model", "models/tiny", "--num-examples", 3, "--mix", "pydoc", "--mix-weight", "equal", "--max-length", 70], "--mix-weight"),
+    (["--stage", 1, "--model", "models/tiny", "--num-examples", 1, "--mix", "facts.jsonl", "--mix-ratio", 1, "--mix-weight", 0, "--max-length", 40], "--mix-weight"),
     (["--stage", 1, "--model", "models/tiny", "--precision", "fp8"], "--precision"),
     (["--stage", 1, "--model", "models/tiny", "--out", "models/tiny"], "--out"),
     (["--stage", 1, "--model", "models/tiny", "--num-examples", 3, "--max-length", 5], "--max-length"),
