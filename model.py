@@ -515,7 +515,7 @@ def _patient_group():
 
 
 def all_gather(value):
-    """[rank 0's value, rank 1's, ...], the same list on every rank; values of any kind that pickles."""
+    """[rank 0's value, rank 1's, ...], the same list on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()

@@ -249,7 +249,7 @@ def starting_model(path, config, device, precision):
 
 @dataclass
 class StepLoss:
-    """The loss of a batch over all ranks: the mean of losses by their answer_tokens, those of D_M x mix_weight."""
+    """The loss of a batch over all ranks: the mean of `losses` over answer tokens, D_M's counting mix_weight."""
 
     loss: float
     losses: dict  # {source: mean loss of its answer tokens}, of the sources that the batch has
@@ -519,8 +519,9 @@ class AdamW:
 
     @torch.no_grad()
     def step(self):
-        steps, first, second = ([self.state[param][key] for param in self.params] for key in ("step", *MOMENTS))
-        adamw(self.params, [param.grad for param in self.params], first, second, [], steps, fused=True, amsgrad=False,
+        of_all = lambda key: [self.state[param][key] for param in self.params]
+        gradients, (first, second) = [param.grad for param in self.params], map(of_all, MOMENTS)
+        adamw(self.params, gradients, first, second, [], of_all("step"), fused=True, amsgrad=False,
               maximize=False, beta1=0.9, beta2=0.95, lr=self.lr, weight_decay=0.0, eps=1e-8)  # fmt: skip
 
     def zero_grad(self):
@@ -726,7 +727,8 @@ def plan(args, config, lineage, tokenizer):
                 "--checkpoint-activations --precision bf16": {"recomputed": True, "precision": "bf16"}}  # fmt: skip
         fitting = [way for way, change in ways.items() if sum(need(**change).values()) * share <= room]
         fitting = fitting[:-1] or fitting  # both options only where neither is enough
-        more = [n for n in (2**i for i in range(11)) if gpu and n > ranks and sum(need(ranks=n).values()) <= room]
+        powers = [2**i for i in range(11)] if gpu else []
+        more = [n for n in powers if n > ranks and sum(need(ranks=n).values()) <= room]
         fitting += [f"{n} ranks" for n in more[:1]]
         advice = "neither recomputing nor bf16 nor more ranks makes it fit"
         if fitting:
