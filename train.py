@@ -276,8 +276,8 @@ def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, backw
         with torch.set_grad_enabled(backward):
             log_probs = model(ids, logit_positions=(rows, columns)).float().log_softmax(-1)  # (n, V)
             losses = F.nll_loss(log_probs.detach(), targets, reduction="none")  # (n,)
-            if mix_weight == 1:
-                loss_sum = F.nll_loss(log_probs, targets, reduction="sum")  # no weights: in one pass
+            if mix_weight == 1 or not counts["mix"]:  # all weigh the same
+                loss_sum = F.nll_loss(log_probs, targets, reduction="sum")
             else:
                 loss_sum = F.nll_loss(log_probs, targets, reduction="none") @ weights[sources]
         del log_probs  # the largest tensor of all must not outlive its own backward pass
