@@ -732,12 +732,17 @@ def ledger(grid):
 # ---------------------------------------------------------------- any chains
 
 
+def mix_name(entry):
+    """A stage's D_M as tables show it, with its weight in the loss where that is not 1; None without one."""
+    if entry["mix"] == "none":
+        return None
+    weight = entry.get("mix_weight", 1)
+    return set_label(entry["mix"]) + (f" of weight {weight:.3g}" if weight != 1 else "")
+
+
 def mix_label(lineage):
     """The paper's label for a run: "Random / K-Pile" names the mix of each stage, "-" is none."""
-    mixes = []
-    for entry in lineage:
-        weight = entry.get("mix_weight", 1)
-        mixes.append("-" if entry["mix"] == "none" else set_label(entry["mix"]) + (f" of weight {weight:.3g}" if weight != 1 else ""))
+    mixes = [mix_name(entry) or "-" for entry in lineage]
     label = "No Mixing" if set(mixes) == {"-"} else " / ".join(mixes)
     return label + "".join(f", replay {entry['replay']}" for entry in lineage if entry.get("replay"))
 

@@ -28,12 +28,13 @@ from data import (
     DEFAULT_WORDS, DataError, Parser, encode, load_examples, load_tokenizer, model_name, resolve, set_label, stage_facts,
 )
 from evaluate import (
-    common_prefix_len, exact_matches, is_correct, is_wrong, kept_rows, mix_label, questions, read_lineage, read_rows,
+    common_prefix_len, exact_matches, is_correct, is_wrong, kept_rows, mix_label, mix_name, questions, read_lineage,
+    read_rows,
 )
 from model import (
     CheckpointError, Config, check_saved, end_process_group, fail, generation_mode, load_model, load_weights, local, setup_device, write_json,
 )
-from train import AdamW, batches, count_answer_tokens, build_sharded, keep_freed_memory, learning_rate, train_step
+from train import AdamW, batches, build_sharded, count_answer_tokens, keep_freed_memory, learning_rate, train_step
 
 TOP_K = 10  # section 5
 MICRO_TOKENS = 512  # most tokens of a training micro-batch, padding included
@@ -321,11 +322,14 @@ def stage_two_steps(args, path, lineage, name):
         child = read_lineage(file.parent)
         if child[:-1] == lineage:
             before, after = accuracy(Path(path)), accuracy(file.parent)
-            runs.setdefault((child[-1]["data"], child[-1]["mix"]), {**child[-1], "forgotten": None if before is None or after is None else before - after})
+            forgotten = None if before is None or after is None else before - after
+            runs.setdefault((child[-1]["data"], mix_name(child[-1])), {**child[-1], "forgotten": forgotten})
     if args.data:
         asked = {"num_examples": args.num_examples or 2000, "mix_ratio": args.mix_ratio, "mix_words": args.mix_words}
-        names = list(itertools.product(args.data, dict.fromkeys(["none", args.mix])))
-        steps = [{**asked, "data": data, "mix": mix, "forgotten": runs.get((data, mix), {}).get("forgotten")} for data, mix in names]
+        steps = []
+        for data, mix in itertools.product(args.data, dict.fromkeys(["none", args.mix])):
+            step = asked | {"data": data, "mix": mix}
+            steps.append(step | {"forgotten": runs.get((data, mix_name(step)), {}).get("forgotten")})
     else:
         steps = list(runs.values())
     if not steps:
@@ -427,7 +431,7 @@ def summarize(step, samples, layers, kinds):
 
     letters = "ABM" if "MM" in samples[0] else "AB"
     pairs = ["".join(pair) for pair in itertools.combinations(letters, 2)]
-    row = {"data": set_label(step["data"]), "mix": None if step["mix"] == "none" else set_label(step["mix"])}
+    row = {"data": set_label(step["data"]), "mix": mix_name(step)}
     row["norm"] = {x: spread(s[x + x].sum().sqrt() for s in samples) for x in letters}
     row["dot"] = {pair: spread(s[pair].sum() for s in samples) for pair in pairs}
     row["cosine"] = {pair: cosines(pair) for pair in pairs}
