@@ -209,6 +209,10 @@ class Cache:
         self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
 
+# On a GPU cuDNN's attention would come first, but it plans 0.1 s for each new shape, and nearly every batch has one.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attend(q, k, v, mask):
     """Attention of q (B, H, T, D) over k, v (B, K, S, D); causal where mask is None."""
     groups = q.shape[1] // k.shape[1]
