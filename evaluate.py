@@ -39,7 +39,10 @@ from data import (
     write_file,
     write_flat,
 )
-from model import CheckpointError, end_process_group, fail, load_model, setup_device, weights_dtype
+from model import (
+    PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, end_process_group, fail, faster_precision, load_model,
+    setup_device, weights_dtype,
+)
 
 BATCH = 128  # prompts that generate together
 
@@ -142,7 +145,18 @@ def read_lineage(path):
     return lineage
 
 
-def evaluate(path, model, tokenizer, sets, rank=0):
+def resolve_precision(asked, path, lineage, device_type):
+    """--precision as bf16-mixed, bf16 or fp32: auto is what path's last stage was trained in, and what is faster here for a base model."""
+    if asked != "auto":
+        return asked
+    if lineage:
+        return lineage[-1].get("precision", "bf16-mixed")
+    # Rank 0 decides, while the others wait: two machines may differ, and two ranks that measure slow each other down.
+    decides = not dist.is_initialized() or dist.get_rank() == 0
+    return all_gather(faster_precision(Config.from_folder(path), device_type) if decides else None)[0]
+
+
+def evaluate(path, model, tokenizer, sets, precision, rank=0):
     """Ask the model every fact of sets {name: examples}, write eval.json and predictions into folder path, return eval.json."""
     results = {}
     for name, examples in sets.items():
@@ -150,7 +164,7 @@ def evaluate(path, model, tokenizer, sets, rank=0):
         rows = [{"id": e["id"], "prompt": e["prompt"], "response": e["response"], "prediction": p, "correct": is_correct(p, e["response"])}
                 for e, p in zip(examples, predictions)]  # fmt: skip
         correct = sum(row["correct"] for row in rows)
-        results[name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows)}
+        results[name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows), "precision": precision}
         if rank == 0:
             write_file(Path(path) / f"predictions.{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if rank == 0:
@@ -919,7 +933,8 @@ def main():
     parser.add_argument("--shots", type=int, default=SHOTS, help=f"with --split: facts shown before each question (default: {SHOTS})")
     parser.add_argument("--num-examples", type=int, help="with --data: how many of each (default: 2000, or all that its stage learned); with --split: only the first N")
     parser.add_argument("--data-dir", default="data", help="folder of flat files (default: data)")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="type of weights and arithmetic (default: bf16)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
+                        help="of the arithmetic; auto: as CKPT was trained, for a base model the faster type on this machine (default: auto)")
     parser.add_argument("--tables", metavar="RUNS", help="print the tables of the finished runs below this folder, draw the figures")
     parser.add_argument("--plan", action="store_true", help="say what run_all.sh's plan, on standard input, would take")
     args = parser.parse_args()
@@ -935,7 +950,7 @@ def main():
     if args.split:
         if lineage:
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
-        tokenizer, model, rank = open_checkpoint(args)
+        tokenizer, model, rank = open_checkpoint(args, lineage)
         split(args.checkpoint, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank)
         return end_process_group()
     if args.data:
@@ -954,20 +969,21 @@ def main():
     for name, examples in sets.items():
         if any("messages" in example for example in examples):
             raise DataError(f"{name}: holds chats, which have no single right answer; name sets of facts")
-    tokenizer, model, rank = open_checkpoint(args)
-    results = evaluate(args.checkpoint, model, tokenizer, sets, rank)
+    tokenizer, model, rank = open_checkpoint(args, lineage)
+    results = evaluate(args.checkpoint, model, tokenizer, sets, args.precision, rank)
     if rank == 0:
-        print(f"{'set':20} {'facts':>6} {'correct':>8} {'accuracy':>9}")
+        print(f"{'set':20} {'facts':>6} {'correct':>8} {'accuracy':>9}  in {args.precision}")
         for name, row in results.items():
             print(f"{name:20} {row['total']:6} {row['correct']:8} {row['accuracy']:8.1f}%")
     end_process_group()
 
 
-def open_checkpoint(args):
-    """(tokenizer, model, rank), with the process group set up."""
+def open_checkpoint(args, lineage):
+    """(tokenizer, model, rank), with the process group set up and args.precision resolved."""
     tokenizer = load_tokenizer(args.checkpoint)
     device, rank, _ = setup_device()
-    model = load_model(args.checkpoint, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+    args.precision = resolve_precision(args.precision, args.checkpoint, lineage, device.type)
+    model = load_model(args.checkpoint, compute_dtype(args.precision), device)
     check_vocabulary(tokenizer, model.config, args.checkpoint)
     return tokenizer, model, rank
 

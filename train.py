@@ -39,18 +39,19 @@ from data import (
     DEFAULT_WORDS, SETS, SOURCES, DataError, Parser, batches, copy_tokenizer, encode, familiarity, load_examples,
     load_tokenizer, micro_batches, model_name, set_label, stage_facts, write_file,
 )
-from evaluate import check_vocabulary, exact_matches, read_lineage
+from evaluate import check_vocabulary, common_prefix_len, exact_matches, read_lineage, resolve_precision
 from model import (
-    MANIFEST, CheckpointError, Config, SaveError, all_gather, answer_positions, any_rank, build_model,
-    end_process_group, fail, full_tensor, generation_mode, load_weights, local, local_rows, raise_on_all_ranks, reshard,
-    rows_of, save_model, setup_device, verify, weights_dtype, weights_sample_sha256, write_json, write_tensors, writing,
+    MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,
+    build_model, end_process_group, fail, full_tensor, generation_mode, load_weights, local, local_rows,
+    raise_on_all_ranks, reshard, rows_of, save_model, setup_device, verify, weights_dtype, weights_sample_sha256,
+    write_json, write_tensors, writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
 STOP_HITS = 10  # consecutive steps below --stop-loss that end a stage
 WARMUP = 0.05  # share of all steps
 LARGE = 3e9  # parameters from which a GPU recomputes activations unless told otherwise
-MICRO_TOKENS = {"cuda": 8192, "cpu": 768}  # of a micro-batch, unless told otherwise
+MICRO_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a micro-batch, unless told otherwise
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, for each weight
 
 
@@ -96,9 +97,9 @@ def parse_args():
         help=f"end after {STOP_HITS} consecutive steps below this loss, 0 never (default: 1e-4, kvr 0)")  # fmt: skip
     add("--max-length", type=int, default=2048, help="tokens after which an example is cut")
     add("--micro-tokens", type=int,
-        help="most tokens of a micro-batch, padding included (default: 8192 on a GPU, 768 on a CPU)")  # fmt: skip
-    add("--precision", choices=["bf16-mixed", "bf16", "fp32"], default="bf16-mixed",
-        help="bf16-mixed keeps fp32 master weights")  # fmt: skip
+        help="most tokens of a micro-batch, padding included (default: 8192 on a GPU, 1024 on a CPU)")  # fmt: skip
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="bf16-mixed keeps fp32 master weights; auto: as the stage before, else what is faster here")  # fmt: skip
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction,
         help="keep each block's input alone and compute the rest again: a third slower, much less memory "
              "(default: on a GPU from 3 billion parameters)")  # fmt: skip
@@ -270,11 +271,11 @@ def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, backw
     weights = torch.tensor([mix_weight if source == "mix" else 1.0 for source in SOURCES], device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     by_source = torch.zeros(len(SOURCES), dtype=torch.float64, device=device)
-    for ids, labels, sources in collate(batch, micro_tokens, device):
+    for ids, labels, sources, packed in collate(batch, micro_tokens, device):
         (rows, columns), targets = answer_positions(labels)
         sources = sources[rows]  # of each answer token (n,)
         with torch.set_grad_enabled(backward):
-            log_probs = model(ids, logit_positions=(rows, columns)).float().log_softmax(-1)  # (n, V)
+            log_probs = model(ids, logit_positions=(rows, columns), packed=packed).float().log_softmax(-1)  # (n, V)
             losses = F.nll_loss(log_probs.detach(), targets, reduction="none")  # (n,)
             if mix_weight == 1 or not counts["mix"]:  # all weigh the same
                 loss_sum = F.nll_loss(log_probs, targets, reduction="sum")
@@ -321,6 +322,11 @@ def main():
         if rank == 0:
             log, state = claim(out, args.resume)
     state = all_gather(state)[0]
+    manifest = read_state(state) if state else None
+    # One precision for a chain of stages, and for a run that is resumed on another machine.
+    if manifest and args.precision == "auto":
+        args.precision = manifest["settings"]["precision"]
+    args.precision = resolve_precision(args.precision, args.model, lineage, device.type)
 
     # What the stage learns. A machine's first rank builds what is missing, the others read it; all must have the same.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -337,7 +343,7 @@ def main():
         raise DataError(f"{args.data_dir}: the ranks were given different data or settings; copy one machine's to all")
 
     # Nothing here draws random numbers and an epoch's order depends on the seed alone: a run's position is its step.
-    position, files = load_state(state, settings) if state else (Position(), None)
+    position, files = load_state(state, manifest, settings) if state else (Position(), None)
     model = build_sharded(config, device, args.precision, args.checkpoint_activations, args.compile)
     optimizer = AdamW(model.parameters())
     if state:
@@ -482,7 +488,7 @@ def announce(say, args, counts, examples, total, where):
     tokens = sum(len(example.ids) for example in trained_examples(examples, args.mix_weight))
     say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {counts['num_mix']} x {args.mix}{weight}, "
         f"{counts['num_replay']} replayed; {tokens} tokens an epoch, at most {total} steps, lr {args.lr}, "
-        f"{where}")  # fmt: skip
+        f"{args.precision}, {where}")  # fmt: skip
 
 
 # ---------------------------------------------------------------- what a step needs
@@ -491,8 +497,8 @@ def announce(say, args, counts, examples, total, where):
 def collate(batch, micro_tokens, device):
     """This rank's micro-batches of a batch of EncodedExamples, as many as every other rank has.
 
-    Yields ids and labels (B, T), right-padded to the longest, and the examples' sources (B,) as places in SOURCES.
-    A rank without examples gets one unsupervised token, with which it makes the passes of the others.
+    Yields ids and labels (B, T), right-padded to the longest, the examples' sources (B,) as places in SOURCES, and how
+    the rows are Packed. A rank without examples gets one unsupervised token, with which it makes the others' passes.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, world)
@@ -505,7 +511,9 @@ def collate(batch, micro_tokens, device):
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
             labels[row, : len(example.ids)] = torch.tensor(example.labels)
         sources = torch.tensor([SOURCES.index(example.source) for example in examples] or [0])
-        yield ids.to(device), labels.to(device), sources.to(device)
+        rows = [example.ids for example in examples] or [[0]]
+        packed = Packed.of([len(row) for row in rows], common_prefix_len(rows))
+        yield ids.to(device), labels.to(device), sources.to(device), packed.to(device)
 
 
 class AdamW:
@@ -547,7 +555,11 @@ def check_retention(model, tokenizer, facts):
 
 
 def keep_freed_memory():
-    """Have glibc keep what is freed between steps: the kernel would give it back zeroed, a tenth of a CPU step."""
+    """Have glibc keep what is freed between steps, and take large tensors in large pages.
+
+    The kernel would give memory back zeroed, page by page: a sixth of a CPU step. To be called before the first tensor.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch's allocator
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -626,11 +638,16 @@ def save_state(out, log, model, optimizer, position, settings):
     return target
 
 
-def load_state(state, settings):
-    """(Position, files in the order of ranks) of a state whose files are whole and whose run had the same settings."""
+def read_state(state):
+    """The manifest of a state whose files are whole."""
     manifest = verify(state, f"restore it, or remove {state.parent} to begin again")
-    if not manifest.keys() >= {"position", "settings"}:
+    if not manifest.keys() >= {"position", "settings"} or "precision" not in manifest["settings"]:
         raise DataError(f"{state}: of an earlier version of this code; go on with that, or remove {state.parent}")
+    return manifest
+
+
+def load_state(state, manifest, settings):
+    """(Position, files in the order of ranks) of a state, whose run must have had the same settings."""
     settings, then = json.loads(json.dumps(settings)), manifest["settings"]
     others = [key for key in settings | then if settings.get(key) != then.get(key)]
     changed = [f"{key} was {then.get(key)}, now {settings.get(key)}" for key in others]
@@ -679,6 +696,7 @@ def plan(args, config, lineage, tokenizer):
         return
     ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
     gpu = args.gpu_memory is not None or torch.cuda.is_available()
+    args.precision = resolve_precision(args.precision, args.model, lineage, "cuda" if gpu else "cpu")
     examples, _ = encode_stage(args, lineage, tokenizer)
     weight = resolve_mix_weight(args.mix_weight, examples)
     tokens = sum(len(example.ids) for example in trained_examples(examples, weight))  # an epoch
@@ -690,14 +708,16 @@ def plan(args, config, lineage, tokenizer):
 
     def need(ranks=ranks, precision=args.precision, recomputed=recomputes):
         micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if gpu else "cpu"]
-        padded, answers = [], 0
+        sizes, answers = [], 0
         for _, indices in batches(len(examples), args.batch_size, 1, args.seed):
             batch = trained_examples([examples[i] for i in indices], weight)
             lengths = {i: len(example.ids) for i, example in enumerate(batch)}
             for group in micro_batches(lengths, micro_tokens, ranks):
-                padded.append((len(group), max((lengths[i] for i in group), default=1)))
+                rows = [batch[i].ids for i in group] or [[0]]
+                repeated = common_prefix_len(rows) * (len(rows) - 1)
+                sizes.append((sum(map(len, rows)) - repeated, len(rows) * max(map(len, rows))))
                 answers = max(answers, sum(batch[i].n_supervised for i in group))
-        return memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu)
+        return memory_of_rank(model, ranks, precision, recomputed, sizes, answers, gpu)
 
     if args.gpu_memory:
         room = args.gpu_memory * 1e9
@@ -742,10 +762,10 @@ def plan(args, config, lineage, tokenizer):
         raise DataError(f"{args.model}: {'; '.join(problems)}")
 
 
-def memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu):
+def memory_of_rank(model, ranks, precision, recomputed, sizes, answers, gpu):
     """{what: bytes} at the fullest moment of a step.
 
-    padded: (rows, length) of each micro-batch; answers: most supervised tokens in one.
+    sizes: (tokens once packed, tokens once padded) of each micro-batch; answers: most supervised tokens in one.
     """
     config = model.config
     kept = 2 if precision == "bf16" else 4  # bytes a master weight
@@ -756,14 +776,13 @@ def memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu):
     # Of a block a token leaves for the backward pass: both norms' input in fp32, their quotient and their output ...
     C, I, V = config.hidden_size, config.intermediate_size, config.vocab_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # ... q, k, v, the attention's output, and four of the MLP.
-    token = 2 * C * (4 + 2 * size) + size * (2 * queries + 2 * keys + 4 * I)
+    # ... the output projection's input and four of the MLP; and once padded q, k, v, on a GPU the attention's output.
+    token = 2 * C * (4 + 2 * size) + size * (queries + 4 * I)
+    attended = size * (queries * (1 + gpu) + 2 * keys)
 
-    def activations(rows, length):
-        own = rows * length * token
-        if not gpu and length <= 256:
-            own += 2 * rows * config.num_attention_heads * length**2 * size  # the scores and their softmax
-        return own + layers * rows * length * C * size if recomputed else layers * own
+    def activations(tokens, padded):
+        own = tokens * token + padded * attended
+        return own + layers * tokens * C * size if recomputed else layers * own
 
     def gathered(blocks):  # a rank alone has nothing to gather, but keeps what it has cast for the backward pass
         if ranks > 1 or recomputed:
@@ -774,7 +793,7 @@ def memory_of_rank(model, ranks, precision, recomputed, padded, answers, gpu):
     # alone adds one at a time.
     reduced = 4 * (1 + 1 / ranks + (not gpu)) if ranks > 1 else 4
     moments = [
-        gathered(2) | {"activations": max(activations(*group) for group in padded),
+        gathered(2) | {"activations": max(activations(*group) for group in sizes),
                        "logits": answers * V * 4 * 3},  # in fp32: the logits, their softmax, its gradient
         # The root's gradients wait for the end.
         gathered(min(1, layers - 1)) | {"whole gradients": int(root * size + block * reduced)},

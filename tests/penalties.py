@@ -39,11 +39,11 @@ def kl_step(model, batch, micro_tokens, mix_weight, reference):
     """The step of loss + STRENGTH x the mean over answer tokens of KL(theta_A || theta)."""
     found, total = plain_step(model, batch, micro_tokens, mix_weight), 0
     share = STRENGTH / sum(found.answer_tokens.values())
-    for ids, labels, _ in train.collate(batch, micro_tokens, model.model.embed_tokens.weight.device):
+    for ids, labels, _, packed in train.collate(batch, micro_tokens, model.model.embed_tokens.weight.device):
         places, _ = answer_positions(labels)
         with torch.no_grad():
-            theirs = reference()(ids, logit_positions=places).float().log_softmax(-1)
-        ours = model(ids, logit_positions=places).float().log_softmax(-1)
+            theirs = reference()(ids, logit_positions=places, packed=packed).float().log_softmax(-1)
+        ours = model(ids, logit_positions=places, packed=packed).float().log_softmax(-1)
         divergence = share * F.kl_div(ours, theirs, reduction="sum", log_target=True)
         (divergence * dist.get_world_size()).backward()
         total += divergence.detach()

@@ -11,7 +11,7 @@ from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
 import model as model_py
-from model import CheckpointError, load_model, save_model
+from model import CausalAttention, CheckpointError, Packed, load_model, save_model
 
 TINY = ["llama3", "llama2", "mistral", "llama32"]
 PROMPTS = [[1, 5, 9], [7] * 30 + [8, 3], [2], list(range(40, 60))]  # two of them longer than the Mistral's window of 16
@@ -53,6 +53,56 @@ def test_smollm2_logits_equal_transformers(smollm2_folder, one_thread):
     model, golden = load_model(smollm2_folder, torch.float32), load_file(GOLDEN / "smollm2.safetensors")
     ours = model(golden["text"].long()[None])[0, golden["positions"]][:, golden["vocabulary"]]
     assert (ours - golden["text_logits"]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("lengths, common", [
+    ([9], 5),  # one text
+    ([9, 9, 9], 9),  # all the same
+    ([7, 12, 3, 10], 0),  # nothing in common
+    ([12, 9, 10], 8),  # more than the shortest prompt
+    ([130, 70, 90], 65),  # more than a block of queries
+])  # fmt: skip
+@pytest.mark.parametrize("name", TINY)
+def test_packed_texts_equal_each_alone(name, lengths, common, dtype, limit):
+    """Texts packed into one row, a start they share once: loss, gradients, logits and hidden states of each text alone."""
+    model, longest = load(name).to(dtype), max(lengths)
+    start, prompt = torch.randint(3, 128, (longest,)), min(lengths) // 2
+    ids, labels = torch.zeros(len(lengths), longest, dtype=torch.long), torch.full((len(lengths), longest), -100)
+    loss, logits, hidden = 0, [], []
+    for row, n in enumerate(lengths):
+        ids[row, :n] = torch.cat((start[:common], torch.randint(3, 128, (longest,))))[:n]
+        labels[row, prompt:n] = ids[row, prompt:n]
+        text = ids[row : row + 1, :n].clone()
+        logits.append(model(text)[0])
+        hidden.append(model(text, return_hidden=True)[:, 0])
+        loss = loss - logits[-1][prompt - 1 : -1].log_softmax(-1).gather(1, text[0, prompt:, None]).sum()
+    prefix_len = min(common, min(lengths) - 1)
+    packed = Packed.of(lengths, prefix_len)
+    n_computed = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, inputs, output: n_computed.append(output.shape[:2]))
+    found, n_tokens = model(ids, labels=labels, packed=packed)
+    assert n_computed == [(1, sum(lengths) - prefix_len * (len(lengths) - 1))] and n_tokens == sum(lengths) - prompt * len(lengths)
+    assert abs(found / n_tokens - loss / n_tokens) < limit
+    expected = torch.autograd.grad(loss / n_tokens, list(model.parameters()))
+    for gradient, other in zip(torch.autograd.grad(found / n_tokens, list(model.parameters())), expected):
+        assert (gradient - other).abs().max() < limit
+    model.model.layers[0].mlp._forward_hooks.clear()
+    for row, (n, own, stream) in enumerate(zip(lengths, logits, hidden)):
+        assert (model(ids, packed=packed)[row, :n] - own).abs().max() < 10 * limit
+        assert (model(ids, packed=packed, return_hidden=True)[:, row, :n] - stream).abs().max() < 10 * limit
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
+def test_causal_attention_is_its_definition(T):
+    """Attention in blocks of queries: outputs and gradients of the softmax over all scores, future ones masked."""
+    q, k, v = (torch.randn(*shape, T, 8, dtype=torch.float64, requires_grad=True) for shape in ((2, 3), (2,), (2,)))
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    expected = (q @ k[:, None].transpose(2, 3)).masked_fill(future, float("-inf")).softmax(-1) @ v[:, None]
+    found, weight = CausalAttention.apply(q, k, v), torch.randn(2, 3, T, 8, dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    torch.testing.assert_close(gradients, torch.autograd.grad((expected * weight).sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -3,17 +3,18 @@
 import ast
 import json
 import math
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import GOLDEN, ROOT, run
 from safetensors.torch import load_file
 
-from data import encode, encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
-from model import load_model, save_model, setup_device
-from train import train_step, trained_examples
+from data import EncodedExample, encode, encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
+from model import Config, faster_precision, load_model, save_model, setup_device
+from train import build_sharded, train_step, trained_examples
 
 
 def metrics(folder):
@@ -144,7 +145,8 @@ def test_chain_of_stages(work):
     run(work, "train.py", "--stage", 1, "--model", "models/tiny", "--num-examples", 4, "--epochs", 150, "--lr", 3e-3, "--batch-size", 4, "--out", one)
     run(work, "evaluate.py", one)
     result = json.loads((one / "eval.json").read_text())
-    assert result == {"kvr": {"accuracy": 100.0, "correct": 4, "total": 4}}
+    precision = json.loads((one / "run.json").read_text())[0]["precision"]
+    assert result == {"kvr": {"accuracy": 100.0, "correct": 4, "total": 4, "precision": precision}}
     done = run(work, "train.py", "--stage", 2, "--model", one, "--data", "bios", "--num-examples", 6, "--replay", 0.5, "--epochs", 2,
                "--eval-every", 1, "--out", two, ranks=2)  # fmt: skip
     assert "2 replayed" in done.stdout
@@ -158,6 +160,44 @@ def test_chain_of_stages(work):
     assert result["kvr"]["correct"] == sum(row["prediction"].strip().lower() == row["response"].strip().lower() for row in rows)
     assert f"| No Mixing, replay 0.5 | 150 + 2 | 100.0 | {result['kvr']['accuracy']:.1f} | {result['bios']['accuracy']:.1f} | 1 |" in run(work, "evaluate.py", "--tables", one).stdout
     assert "stage 3" in run(work, "train.py", "--stage", 2, "--model", two, "--data", "bios", ok=False).stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_precision_for_a_chain(work, precision):
+    """A later stage, an evaluation, a probe and a resumed run take the first stage's precision, and say so; another is given by name."""
+    one, two = work / f"chain-{precision}", work / f"chain-{precision}/two"
+    common = ["--num-examples", 4, "--epochs", 2, "--batch-size", 4]
+    run(work, "train.py", "--stage", 1, "--model", "models/tiny", *common, "--precision", precision, "--out", one)
+    done = run(work, "train.py", "--stage", 2, "--model", one, "--data", "bios", *common, "--out", two, ranks=2)
+    assert f", {precision}, 2 x cpu" in done.stdout
+    assert [entry["precision"] for entry in json.loads((two / "run.json").read_text())] == [precision] * 2
+    assert f"in {precision}" in run(work, "evaluate.py", two).stdout
+    run(work, "probe.py", two, "--no-base")
+    assert [row["precision"] for row in json.loads((two / "eval.json").read_text()).values()] == [precision] * 2
+    assert json.loads((two / "probe.kvr.json").read_text())["precision"] == precision
+    run(work, "evaluate.py", two, "--data", "kvr", "--precision", "bf16-mixed")
+    assert json.loads((two / "eval.json").read_text())["kvr"]["precision"] == "bf16-mixed"
+
+
+def test_auto_takes_the_faster_type(one_rank):
+    """auto is the type in which steps of two of SmolLM2's blocks take less time, wherever the two are clearly apart."""
+    config = Config.from_folder(GOLDEN / "llama3")
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 576, 1536, 2
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 9, 3, 64
+    batch = [EncodedExample(str(row), list(range(96)), [-100] * 64 + list(range(32)), "own") for row in range(8)]
+    seconds = {"bf16-mixed": math.inf, "fp32": math.inf}
+    models = {precision: build_sharded(config, one_rank, precision) for precision in seconds}
+    for model in models.values():
+        for param in model.parameters():
+            torch.nn.init.normal_(param, std=0.02)
+    for _ in range(5):
+        for precision, model in models.items():
+            began = time.perf_counter()
+            train_step(model, batch, 1024)
+            seconds[precision] = min(seconds[precision], time.perf_counter() - began)
+    slower, faster = sorted(seconds, key=seconds.get, reverse=True)
+    if seconds[slower] > 1.3 * seconds[faster]:
+        assert faster_precision(config, "cpu") == faster, seconds
 
 
 def test_two_ranks_answer_as_one(work):
