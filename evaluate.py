@@ -152,8 +152,9 @@ def resolve_precision(asked, path, lineage, device_type):
     if lineage:
         return lineage[-1].get("precision", "bf16-mixed")
     # Rank 0 decides, while the others wait: two machines may differ, and two ranks that measure slow each other down.
+    config = Config.from_folder(path)
     decides = not dist.is_initialized() or dist.get_rank() == 0
-    return all_gather(faster_precision(Config.from_folder(path), device_type) if decides else None)[0]
+    return all_gather(faster_precision(config, device_type) if decides else None)[0]
 
 
 def evaluate(path, model, tokenizer, sets, precision, rank=0):
@@ -179,7 +180,7 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0):
 SHOTS = 5
 
 
-def split(path, model, tokenizer, name, n, n_shots, data, rank):
+def split(path, model, tokenizer, name, n, n_shots, data, rank, precision=None):
     """Ask the base model each fact of a set, few-shot, and write those it knows and those it does not (sections 2.1, 2.2).
 
     The shots are drawn from the set, stand in its own form before each question, and are excluded. A fact is familiar if the
@@ -192,7 +193,8 @@ def split(path, model, tokenizer, name, n, n_shots, data, rank):
         raise DataError(f"{name}: holds {len(pool)} facts, not more than the {n_shots} shots; take fewer with --shots")
     shots = random.Random(f"shots {base}").sample(range(len(pool)), n_shots)
     facts = [fact for i, fact in enumerate(pool) if i not in shots][:n]
-    header = {"base_model": model_name(path), "name": base, "data_sha256": sha256, "shots": [pool[i]["id"] for i in shots]}
+    header = {"base_model": model_name(path), "name": base, "data_sha256": sha256, "shots": [pool[i]["id"] for i in shots],
+              "precision": precision}  # fmt: skip
     for file in target.values():
         manifest = file.with_suffix(".json")
         if manifest.exists() and read_rows(manifest)["base_model"] != header["base_model"]:
@@ -951,7 +953,7 @@ def main():
         if lineage:
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
         tokenizer, model, rank = open_checkpoint(args, lineage)
-        split(args.checkpoint, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank)
+        split(args.checkpoint, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank, args.precision)
         return end_process_group()
     if args.data:
         if len({set_label(name) for name in args.data}) < len(args.data):

@@ -265,10 +265,11 @@ def attend(q, k, v, mask):
     """Attention of q (B, H, T, D) over k, v (B, K, S, D); causal where mask is None."""
     (B, K, S, D), T = k.shape, q.shape[2]
     groups = q.shape[1] // K
-    if q.device.type == "cpu" and mask is None:
+    # Compiled, its loop would be compiled anew for each length.
+    if q.device.type == "cpu" and mask is None and not torch.compiler.is_compiling():
         q = (q * D**-0.5).reshape(B * K, groups, T, D)
         return CausalAttention.apply(q, k.reshape(B * K, S, D), v.reshape(B * K, S, D)).view(B, K * groups, T, D)
-    if q.device.type == "cpu" and T <= 256:
+    if q.device.type == "cpu" and mask is not None and T <= 256:
         # For short texts PyTorch's fused CPU kernel is several times slower.
         q = q.reshape(B, K, groups * T, D) * D**-0.5
         scores = (q @ k.transpose(-1, -2)).view(B, K, groups, T, S)
@@ -340,28 +341,33 @@ class Packed:
 
     kept: torch.Tensor  # (N,) int64: the places of these tokens in the flattened texts
     places: torch.Tensor  # (B, T) int64: for each token of the texts its place among the N; anything for padding
+    own: torch.Tensor  # (B, T - prefix_len) int64: the same for what follows the common start, counted from its end
 
     @classmethod
     def of(cls, lengths, prefix_len=0):
-        """Right-padded texts of these lengths, which all begin with the same prefix_len ids."""
+        """Right-padded texts of these lengths, which all begin with the same prefix_len ids, fewer than any has."""
         lengths = torch.tensor(lengths)[:, None]
         columns = torch.arange(int(lengths.max()))
-        own = columns < lengths
-        own[1:, :prefix_len] = False
-        places = own.flatten().cumsum(0).view(own.shape) - 1
+        kept = columns < lengths
+        kept[1:, :prefix_len] = False
+        places = kept.flatten().cumsum(0).view(kept.shape) - 1
         places[:, :prefix_len] = columns[:prefix_len]
-        return cls(own.flatten().nonzero().flatten(), places)
+        return cls(kept.flatten().nonzero().flatten(), places, places[:, prefix_len:] - prefix_len)
 
     def to(self, device):
-        return Packed(self.kept.to(device), self.places.to(device))
+        return Packed(self.kept.to(device), self.places.to(device), self.own.to(device))
 
     def pack(self, x):
-        """(B, T, ...) -> (1, N, ...)."""
+        """(B, T) or (B, T, C) -> (1, N) or (1, N, C)."""
         return x.flatten(0, 1).index_select(0, self.kept)[None]
 
     def unpack(self, x):
-        """(1, N, ...) -> (B, T, ...); padding holds anything."""
-        return x[0].index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
+        """(1, N, C) -> (B, T, C); padding holds anything."""
+        # By its place a token is taken once, and for padding without a gradient: no GPU adds up in an order of its own.
+        prefix_len = self.places.shape[1] - self.own.shape[1]
+        start, rest = x[0].split((prefix_len, x.shape[1] - prefix_len))
+        rest = rest.index_select(0, self.own.flatten()).unflatten(0, self.own.shape)
+        return torch.cat((start.expand(len(rest), -1, -1), rest), dim=1)
 
 
 def answer_positions(labels):
@@ -609,10 +615,13 @@ def faster_precision(config, device_type):
     """
     if device_type == "cuda":
         return "bf16-mixed"
-    # A block's largest product, for a micro-batch's tokens; of large models a part, to stay within the time.
-    sizes = (768, min(config.hidden_size, 1024), min(config.intermediate_size, 3072))
-    seconds = dict.fromkeys((torch.bfloat16, torch.float32), math.inf)
+    # A block's largest product for some hundred tokens; of large models a part, to stay within the time.
+    sizes = (512, min(config.hidden_size, 1024), min(config.intermediate_size, 3072))
+    seconds = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    begins = time.perf_counter()
     for _ in range(5):  # in turns, and the best of each: others may be at work here
+        if time.perf_counter() - begins > 0.5:  # where one of them is very slow
+            break
         for dtype in seconds:
             x, weight = torch.ones(sizes[:2], dtype=dtype), torch.ones(sizes[2], sizes[1], dtype=dtype)
             began = time.perf_counter()

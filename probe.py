@@ -123,6 +123,7 @@ def probe(args, stages, device, rank):
     """The lens on every checkpoint: CKPT/probe.NAME.json and .png, a table, and figure 4 where --out asks for it."""
     results, base_models = [], {}
     for path, lineage in stages.items():
+        precision = resolve_precision(args.precision, path, lineage, device.type)
         if args.data:
             sets = {set_label(name): load_examples(name, args.num_examples or 2000, args.data_dir)[0] for name in args.data}
         else:
@@ -131,7 +132,6 @@ def probe(args, stages, device, rank):
         for name, facts in sets.items():
             if any("messages" in fact for fact in facts):
                 raise DataError(f"{name}: holds chats, which have no single right answer; name sets of facts")
-            precision = resolve_precision(args.precision, path, lineage, device.type)
             result, ranks = probe_one(args, path, facts, precision, device)
             base_model = lineage[0]["base_model"] if lineage else None
             if base_model and (Path(base_model) / "config.json").exists() and not args.no_base:

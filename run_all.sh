@@ -14,6 +14,7 @@
 # Processes that share a file system share the grid: a run is locked by whoever trains it. EXTRA holds more arguments for train.py.
 #
 # What is finished is not done again: after an interruption, give the same command once more.
+# The precision is chosen once a runs folder, on the machine that this runs on: RUNS/precision, where another trains write it before.
 # PYTHON names the interpreter; without it, .venv's is taken if there is one. LAUNCH="torchrun --nproc_per_node 8" trains on 8 GPUs.
 set -euo pipefail
 code=$(cd "$(dirname "$0")" && pwd)
@@ -35,7 +36,8 @@ choose_precision() {
   mkdir -p "$1"
   if [ ! -s "$1/precision" ]; then
     "$python" "$code/model.py" --precision "$2" > "$1/precision.$$.tmp"
-    ln "$1/precision.$$.tmp" "$1/precision" 2> /dev/null || [ -s "$1/precision" ]  # whoever was first has chosen
+    # Whoever was first has chosen; where there are no hard links, whoever was last.
+    ln "$1/precision.$$.tmp" "$1/precision" 2> /dev/null || [ -s "$1/precision" ] || mv "$1/precision.$$.tmp" "$1/precision"
     rm -f "$1/precision.$$.tmp"
   fi
   precision="--precision $(cat "$1/precision")"

@@ -216,7 +216,7 @@ def build_sharded(config, device, precision="bf16-mixed", checkpoint_activations
     model = build_model(config, torch.bfloat16 if precision == "bf16" else torch.float32, "meta" if shard else device)
     n_params = sum(param.numel() for param in model.parameters())
     model.checkpoint_activations = recompute(checkpoint_activations, n_params, device.type)
-    half = torch.bfloat16 if precision == "bf16-mixed" else None
+    half = {"bf16-mixed": torch.bfloat16, "bf16": None, "fp32": None}[precision]
     for block in model.model.layers if compile else []:
         block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
     if shard:

@@ -543,7 +543,7 @@ def memory_plan(part):
     for option in ("--no-checkpoint-activations", "--checkpoint-activations"):
         kind = "recomputed" if option.startswith("--check") else "all activations kept"
         dry_run = [sys.executable, ROOT / "train.py", "--stage", "1", "--mix", "random", "--model", folder, "--data-dir", KIT / "data", option,
-                   "--dry-run", str(PLAN_RANKS)]  # fmt: skip
+                   "--precision", "bf16-mixed", "--dry-run", str(PLAN_RANKS)]  # fmt: skip
         # Status 2 says that disk or memory do not suffice; the figures are there all the same.
         try:
             said = subprocess.run(list(map(str, dry_run)), cwd=part.folder, capture_output=True, text=True, timeout=max(1, part.left()))
@@ -574,16 +574,19 @@ def rank_of_8(device, folder, option, n_shapes):
     """One rank's step among 8 that are not there: memory at its fullest, time, and what its profile says."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    sys.argv = ["train.py", "--stage", "1", "--mix", "random", "--model", folder, "--data-dir", str(KIT / "data"), option]
+    sys.argv = ["train.py", "--stage", "1", "--mix", "random", "--model", folder, "--data-dir", str(KIT / "data"), "--precision", "bf16-mixed",
+                option]  # fmt: skip
     args = train.parse_args()
     config = Config.from_folder(folder)
     examples, _ = train.encode_stage(args, [], load_tokenizer(folder))
     micro_tokens = train.MICRO_TOKENS[device]
 
     def fullest(batch):
-        """(tokens of the largest micro-batch once padded, the rank that has it)."""
-        groups = micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, PLAN_RANKS)
-        sizes = [len(group) * max((len(batch[i].ids) for i in group), default=1) for group in groups]
+        """(tokens of the largest micro-batch once packed, the rank that has it)."""
+        sizes = []
+        for group in micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, PLAN_RANKS):
+            rows = [batch[i].ids for i in group] or [[0]]
+            sizes.append(sum(map(len, rows)) - common_prefix_len(rows) * (len(rows) - 1))
         return max((size, k % PLAN_RANKS) for k, size in enumerate(sizes))
 
     order = [[examples[i] for i in batch] for _, batch in batches(len(examples), args.batch_size, 1, args.seed)]
@@ -720,7 +723,7 @@ def training_speed(part, kind):
                 losses.append(abs(loss - its))
                 if k >= min(2, sizes.turns // 3):  # after what only the first steps do
                     ratios.append(other / seconds)
-                    shares.append(bench.needed_flops(batch, config) / limit / seconds)
+                    shares.append(bench.needed_flops(batch, config, micro_tokens) / limit / seconds)
                     rates.append(sum(len(example.ids) for example in batch) / seconds)
             if len(ratios) < 2:
                 raise NotRun(f"no time left for micro-batches of {micro_tokens}")
