@@ -162,9 +162,9 @@ def test_chain_of_stages(work):
     assert "stage 3" in run(work, "train.py", "--stage", 2, "--model", two, "--data", "bios", ok=False).stderr
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_one_precision_for_a_chain(work, precision):
-    """A later stage, an evaluation, a probe and a resumed run take the first stage's precision, and say so; another is given by name."""
+def test_one_precision_for_a_chain(work):
+    """A later stage, an evaluation and a probe take the first stage's precision, and say so; another is given by name."""
+    precision = "bf16"  # which is nobody's choice but the user's
     one, two = work / f"chain-{precision}", work / f"chain-{precision}/two"
     common = ["--num-examples", 4, "--epochs", 2, "--batch-size", 4]
     run(work, "train.py", "--stage", 1, "--model", "models/tiny", *common, "--precision", precision, "--out", one)
