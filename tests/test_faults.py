@@ -433,6 +433,15 @@ def test_other_settings(work, server, interrupted, options, difference):
     assert statuses == [2] and difference in output, output
 
 
+def test_auto_goes_on_as_begun(work, server, interrupted):
+    """--precision auto resumes in the precision that the run began in, whatever is faster on this machine."""
+    out = work / "begun-elsewhere"
+    shutil.copytree(interrupted, out)
+    statuses, output = train(server, work, *TRAIN, "--precision", "auto", "--out", out, "--resume")
+    assert statuses == [0] and ", fp32, 1 x cpu" in output, output
+    assert json.loads((out / "run.json").read_text())[-1]["precision"] == "fp32"
+
+
 def test_other_weights(work, server, interrupted):
     """--resume from a model of the same name and shape with other weights is refused: it is not what the stage started from."""
     other = work / "other/tiny"
