@@ -180,7 +180,7 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0):
 SHOTS = 5
 
 
-def split(path, model, tokenizer, name, n, n_shots, data, rank, precision=None):
+def split(path, model, tokenizer, name, n, n_shots, data, rank, precision):
     """Ask the base model each fact of a set, few-shot, and write those it knows and those it does not (sections 2.1, 2.2).
 
     The shots are drawn from the set, stand in its own form before each question, and are excluded. A fact is familiar if the

@@ -557,7 +557,7 @@ def check_retention(model, tokenizer, facts):
 def keep_freed_memory():
     """Have glibc keep what is freed between steps, and take large tensors in large pages.
 
-    The kernel would give memory back zeroed, page by page: a sixth of a CPU step. To be called before the first tensor.
+    The kernel would zero it again, page by page: each is a tenth of a CPU step. To be called before the first tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch's allocator
     libc = ctypes.CDLL(None)

@@ -516,11 +516,11 @@ def test_split(tmp_path, llama3_folder, process_group, monkeypatch):
 
     interrupted.generate = killed
     with pytest.raises(KeyboardInterrupt):
-        evaluate.split("models/base", interrupted, tokenizer, name, None, 2, tmp_path / "data", 0)
+        evaluate.split("models/base", interrupted, tokenizer, name, None, 2, tmp_path / "data", 0, "fp32")
     assert not list((tmp_path / "data").glob("mine.*familiar*"))
     with open(tmp_path / "data/mine.split.part", "a") as part:
         part.write('"cut')
-    evaluate.split("models/base", oracle, tokenizer, name, None, 2, tmp_path / "data", 0)
+    evaluate.split("models/base", oracle, tokenizer, name, None, 2, tmp_path / "data", 0, "fp32")
     kinds = {kind: rows(tmp_path / f"data/mine.{kind}.jsonl") for kind in ("familiar", "unfamiliar")}
     notes = manifest(tmp_path / "data/mine.familiar.jsonl")
     question = lambda row: row["prompt"].partition("\n")[0].removeprefix("Question: ")
