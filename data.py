@@ -68,7 +68,7 @@ def write_file(path, content):
     """Write a text or bytes to path in one step: a reader sees the old file or the new one, never half of it, also after a power cut."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -1431,22 +1431,36 @@ def batches(n, batch_size, epochs, seed):
             yield epoch, order[start : start + batch_size]
 
 
-def micro_batches(lengths, budget, world):
-    """Split a batch into groups of similar length, each at most budget tokens once padded (or one example alone).
+PADDED = 1 / 8  # about what a token of the padded batch, which attention alone computes, costs beside a packed one
 
-    lengths: {index: tokens}. Returns lists of indices, a multiple of `world` of them, some empty where examples are few:
-    rank r takes groups r, r + world, ..., so that at every moment all ranks have about equal work.
+
+def micro_batches(lengths, budget, world):
+    """Share a batch out over the ranks, and each rank's part into groups of similar length.
+
+    lengths: {index: tokens}. A group has at most budget tokens once padded, or is one example alone. Returns lists of
+    indices, a multiple of `world` of them, some empty where examples are few: rank r takes groups r, r + world, ...
     """
+    by_length = sorted(lengths, key=lengths.get, reverse=True)
+    busy = min(world, len(lengths))  # ranks that get anything
+    shares, work = [[] for _ in range(world)], [0.0] * world
+    for index in by_length:  # the longest first, each to the rank that has least to do with it
+        longest = [lengths[share[0]] if share else lengths[index] for share in shares[:busy]]
+        with_it = [work[rank] + lengths[index] + PADDED * longest[rank] for rank in range(busy)]
+        rank = with_it.index(min(with_it))
+        shares[rank].append(index)
+        work[rank] = with_it[rank]
+    turns = itertools.zip_longest(*[cut(share, lengths, budget) for share in shares], fillvalue=[])
+    return list(itertools.chain.from_iterable(turns))
+
+
+def cut(indices, lengths, budget):
+    """Indices, the longest first, in groups of at most budget tokens once padded; at least one group."""
     groups = [[]]
-    for index in sorted(lengths, key=lengths.get, reverse=True):
+    for index in indices:
         # The first of a group is its longest and sets the padding.
         if groups[-1] and lengths[groups[-1][0]] * (len(groups[-1]) + 1) > budget:
             groups.append([])
         groups[-1].append(index)
-    while len(groups) % world:
-        largest = max(groups, key=lambda group: len(group) * lengths[group[0]] if len(group) > 1 else 0)
-        at, half = groups.index(largest), len(largest) // 2
-        groups[at : at + 1] = [largest[:half], largest[half:]] if half else [largest, []]
     return groups
 
 

@@ -26,6 +26,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import struct
 import sys
 import tempfile
@@ -391,6 +392,7 @@ class Transformer(nn.Module):
         self.rope_frequencies = rope_frequencies(config)
         self.compute_dtype = None  # of activations, where it is not the weights'
         self.checkpoint_activations = False  # keep each block's input alone, and compute the rest again
+        self.keep_gathered = False  # a sharded block's weights, from its forward to its backward pass
 
     def forward(self, ids, labels=None, return_hidden=False, logit_positions=None, cache=None, positions=None,
                 packed=None):  # fmt: skip
@@ -573,16 +575,25 @@ def leave_finished(cache, in_cache, running, device):
 
 @contextlib.contextmanager
 def generation_mode(model):
-    """In this block a model in training answers questions: weights are cast once for all, no gradient is kept."""
-    masters = {param: param.data for param in model.parameters()} if model.compute_dtype else {}
+    """In this block a model in training answers questions: no gradient is kept, weights are cast once for all.
+
+    Where it is sharded they are gathered once for all, if they fit beside what is there: every token would gather them.
+    """
+    casts = model.compute_dtype and not is_sharded(model)  # a sharded one casts what it gathers
+    masters = {param: param.data for param in model.parameters()} if casts else {}
     for param in masters:
         param.data = param.data.to(model.compute_dtype)
+    gathers_once = is_sharded(model) and not model.keep_gathered and fits_gathered(model)
+    for block in model.model.layers if gathers_once else []:
+        block.set_reshard_after_forward(False)
     # Lengths change with every token: nothing to compile for.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     with torch.no_grad(), eager:
         yield
     for param, master in masters.items():
         param.data = master
+    for block in model.model.layers if gathers_once else []:
+        block.set_reshard_after_forward(True)
     reshard(model)
 
 
@@ -598,10 +609,11 @@ def setup_device():
         if local_rank >= torch.cuda.device_count():
             fail(f"--nproc_per_node: more ranks than this machine's {torch.cuda.device_count()} GPUs; give as many")
         torch.cuda.set_device(device)
+    bound = device if device.type == "cuda" else None  # NCCL is not left to guess each rank's GPU
     if world > 1:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=bound)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
     return device, dist.get_rank(), world
 
 
@@ -696,11 +708,36 @@ def rows_of(n, rank, world):
     return first, min(n, first + rows)
 
 
+def is_sharded(model):
+    """Whether each rank holds some rows of the weights, which are gathered when a pass needs them."""
+    return hasattr(model, "reshard")
+
+
 def reshard(model):
     """Put a sharded model's own rows back in place of the gathered weights that a pass without backward leaves."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
+        if is_sharded(module):
             module.reshard()
+
+
+def fits_gathered(model):
+    """Whether every rank has room for all weights of a sharded model; a fifth is left for keys and values of questions."""
+    weight = next(model.parameters())
+    size = (model.compute_dtype or weight.dtype).itemsize * sum(param.numel() for param in model.parameters())
+    return not any_rank(size > 0.8 * free_memory(weight.device), weight.device)
+
+
+def free_memory(device):
+    """Bytes that this process can still take: of its GPU, or its share of what this machine has left."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        left = int(lines["MemAvailable"].split()[0]) * 1024
+    except OSError:  # not Linux: what it has at all
+        left = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return left // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def end_process_group():
@@ -722,7 +759,7 @@ def fail(error, status=2):
 # ---------------------------------------------------------------- folders of weights
 
 MANIFEST = "manifest.json"  # {"files": {name: {"size", "sha256"}}} of the safetensors beside it
-READ_BYTES = 4 * 2**20  # of a tensor that are mapped at a time
+READ_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}  # of a tensor that are read at a time
 SHARD_BYTES = 5 * 10**9  # the largest file save_model writes, as on the hub
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
@@ -788,18 +825,27 @@ def _copy_weights(model, path, only):
                 shapes = f"{tensor.get_shape()}, config.json asks for {list(param.shape)}"
                 raise CheckpointError(f"{where[name]}: tensor {name} has shape {shapes}; copy both from one checkpoint")
         first, last = local_rows(param)
-        step = max(1, READ_BYTES // (4 * math.prod(param.shape[1:])))
+        step = max(1, READ_BYTES[param.device.type] // (4 * math.prod(param.shape[1:])))
+        extremes = []
         for start in range(first, last, step):
             end = min(last, start + step)
             with _open_shard(where[name]) as shard:  # what was mapped goes when it closes
-                rows = shard.get_slice(name)[start:end]
-                if not torch.isfinite(rows).all():
-                    raise CheckpointError(f"{where[name]}: tensor {name} holds NaN or infinity: the file is damaged, copy it again")
+                rows = to_device(shard.get_slice(name)[start:end], param.device)
+                extremes += rows.aminmax()  # NaN where there is one
                 local(param)[start - first : end - first] = rows
             if tied_head and name == "model.embed_tokens.weight":
                 with _open_shard(where[tied_head]) as shard:
-                    if not torch.equal(shard.get_slice(tied_head)[start:end].to(param.dtype), local(param)[start - first : end - first]):
+                    head = to_device(shard.get_slice(tied_head)[start:end], param.device)
+                    if not torch.equal(head.to(param.dtype), local(param)[start - first : end - first]):
                         raise CheckpointError(f"{where[tied_head]}: {tied_head} is not the embedding, though config.json ties them; set tie_word_embeddings to false")
+        # Looked at once a tensor: a GPU is not waited for with each piece.
+        if extremes and not torch.stack(extremes).isfinite().all():
+            raise CheckpointError(f"{where[name]}: tensor {name} holds NaN or infinity: the file is damaged, copy it again")
+
+
+def to_device(tensor, device):
+    """A tensor of this machine's memory on a device; a GPU takes it without this process waiting, from memory that stays."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def weights_dtype(path):
@@ -912,6 +958,11 @@ def save_model(model, path, dtype=None):
             write_json(path / MANIFEST, {"files": digests})
 
 
+def temporary_name(path):
+    """What a file or folder is called until it is whole: no other process that writes there has the same name."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
 @contextlib.contextmanager
 def writing(path):
     """A failed write in this block names path: what Python raises on a full disk names nothing."""
@@ -932,7 +983,7 @@ def write_tensors(path, layout, tensors):
         header[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8
-    temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
+    temporary, digest = temporary_name(path), hashlib.sha256()
     with writing(path), open(temporary, "wb") as file:
         for part in itertools.chain([struct.pack("<Q", len(header)), header], map(_bytes, tensors)):
             file.write(part)
@@ -975,7 +1026,7 @@ def verify(folder, remedy):
 
 
 def write_json(path, value):
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_name(path)
     with writing(path), open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         file.flush()

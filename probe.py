@@ -32,13 +32,14 @@ from evaluate import (
     read_rows, resolve_precision,
 )
 from model import (
-    PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, end_process_group, fail, generation_mode, load_model, load_weights, local,
-    setup_device, write_json,
+    PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, end_process_group, fail, generation_mode,
+    load_model, load_weights, local, setup_device, temporary_name, write_json,
 )
-from train import AdamW, batches, build_sharded, count_answer_tokens, keep_freed_memory, learning_rate, train_step
+from train import (
+    MICRO_TOKENS, AdamW, batches, build_sharded, count_answer_tokens, keep_freed_memory, learning_rate, train_step,
+)
 
 TOP_K = 10  # section 5
-MICRO_TOKENS = 512  # most tokens of a training micro-batch, padding included
 ASKED = 24  # facts that go through the model together
 HEAD_ROWS = 48  # positions, of any layer, whose logits exist at a time; of 64, on a CPU, the copy in fp32 costs twice as much
 
@@ -391,10 +392,15 @@ def meter(args, path, facts, steps, lr, device):
 
 def gradient(model, batch):
     """(loss of a batch, its gradient: this rank's rows of each of the P parameters)."""
-    loss = train_step(model, batch, MICRO_TOKENS).loss
+    loss = train_step(model, batch, micro_tokens(model)).loss
     gradients = [local(p.grad) for p in model.parameters()]
     model.zero_grad()
     return loss, gradients
+
+
+def micro_tokens(model):
+    """As train.py's for the device that the model is on."""
+    return MICRO_TOKENS[next(model.parameters()).device.type]
 
 
 def inner(x, y):
@@ -409,7 +415,7 @@ def real_change(model, weights, direction, lr, batch, before):
     """What a plain gradient step of size lr really does to a batch's loss; the weights are put back."""
     for p, w, g in zip(model.parameters(), weights, direction):
         local(p).copy_(w - lr * g)
-    after = train_step(model, batch, MICRO_TOKENS, backward=False).loss
+    after = train_step(model, batch, micro_tokens(model), backward=False).loss
     for p, w in zip(model.parameters(), weights):
         local(p).copy_(w)
     return after - before
@@ -567,14 +573,13 @@ def recover(args, path, lineage, device, rank):
         optimizer = AdamW(model.parameters())
         order = batches(len(encoded), args.batch_size, args.steps, args.seed)
         for step, (_, batch) in enumerate(itertools.islice(tqdm(order, total=args.steps, desc=arm, disable=rank > 0), args.steps), 1):
-            loss = train_step(model, [encoded[i] for i in batch], MICRO_TOKENS).loss
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            step_loss = train_step(model, [encoded[i] for i in batch], micro_tokens(model))
             optimizer.lr = learning_rate(step, args.steps, lr)
-            optimizer.step()
+            optimizer.step(step_loss.grad_norm)
             optimizer.zero_grad()
             if step % every == 0 or step == args.steps:
                 right = ask(model)
-                log.append({"step": step, "loss": loss, "returned": sum(right[i] for i in others),
+                log.append({"step": step, "loss": step_loss.loss, "returned": sum(right[i] for i in others),
                             "kept": sum(right[i] for i in range(len(facts)) if before[i]), "relearned": sum(right[i] for i in chosen)})  # fmt: skip
         result["arms"][arm] = log
         del optimizer
@@ -617,7 +622,7 @@ def save(figure, path):
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     figure.savefig(temporary, format="png", dpi=100)
     os.replace(temporary, path)
     pyplot.close(figure)

@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -42,16 +43,16 @@ from data import (
 from evaluate import check_vocabulary, common_prefix_len, exact_matches, read_lineage, resolve_precision
 from model import (
     MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,
-    build_model, end_process_group, fail, full_tensor, generation_mode, load_weights, local, local_rows,
-    raise_on_all_ranks, reshard, rows_of, save_model, setup_device, verify, weights_dtype, weights_sample_sha256,
-    write_json, write_tensors, writing,
+    build_model, end_process_group, fail, free_memory, generation_mode, is_sharded, load_weights, local, local_rows,
+    raise_on_all_ranks, reshard, rows_of, save_model, setup_device, temporary_name, to_device, verify, weights_dtype,
+    weights_sample_sha256, write_json, write_tensors, writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
 STOP_HITS = 10  # consecutive steps below --stop-loss that end a stage
 WARMUP = 0.05  # share of all steps
-LARGE = 3e9  # parameters from which a GPU recomputes activations unless told otherwise
-MICRO_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a micro-batch, unless told otherwise
+MICRO_TOKENS = {"cuda": 16384, "cpu": 1024}  # of a micro-batch, unless told otherwise
+USABLE = 0.9  # of a GPU's memory: the allocator leaves gaps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, for each weight
 
 
@@ -61,6 +62,29 @@ def mix_weight(text):
         if text == "equal" or 0 <= float(text) < math.inf:
             return text if text == "equal" else float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 on nor equal")
+
+
+@dataclass(frozen=True)
+class Every:
+    """--save-every's value: so many steps or minutes lie between two saves; none where both are 0."""
+
+    steps: int = 0
+    minutes: float = 0.0
+
+    @classmethod
+    def of(cls, text):
+        with contextlib.suppress(ValueError):
+            if text.endswith("m") and 0 <= float(text[:-1]) < math.inf:
+                return cls(minutes=float(text[:-1]))
+            if int(text) >= 0:
+                return cls(steps=int(text))
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor minutes like 20m")
+
+    def is_due(self, step, seconds):
+        """Whether to save after this step, so many seconds after the last save."""
+        if self.steps:
+            return step % self.steps == 0
+        return 0 < self.minutes * 60 <= seconds
 
 
 def parse_args():
@@ -97,18 +121,23 @@ def parse_args():
         help=f"end after {STOP_HITS} consecutive steps below this loss, 0 never (default: 1e-4, kvr 0)")  # fmt: skip
     add("--max-length", type=int, default=2048, help="tokens after which an example is cut")
     add("--micro-tokens", type=int,
-        help="most tokens of a micro-batch, padding included (default: 8192 on a GPU, 1024 on a CPU)")  # fmt: skip
+        help="most tokens of a micro-batch, padding included (default: 16384 on a GPU, 1024 on a CPU)")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="auto",
         help="bf16-mixed keeps fp32 master weights; auto: as the stage before, else what is faster here")  # fmt: skip
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction,
         help="keep each block's input alone and compute the rest again: a third slower, much less memory "
-             "(default: on a GPU from 3 billion parameters)")  # fmt: skip
+             "(default: only where a rank has no room for them)")  # fmt: skip
+    add("--reshard-after-forward", action=argparse.BooleanOptionalAction,
+        help="gather the weights again for the backward pass and for each micro-batch: slower, less memory "
+             "(default: only where a rank has no room for them)")  # fmt: skip
     switch("--compile", "compile the blocks; takes minutes before the first step")
+    switch("--deterministic", "on a GPU, the same sums in the same order in every run; slower")
     add("--eval-every", type=int, default=100, help="steps between checks of the earlier stages' facts, 0 for none")
     add("--eval-facts", type=int, default=256, help="facts of each stage asked in a retention check")
     # what a fault must not take
-    add("--save-every", type=int, default=250,
-        help="steps between saves of the state, which goes when the run ends; 0 for only at SIGTERM")  # fmt: skip
+    add("--save-every", type=Every.of, default="20m", metavar="N",
+        help="minutes (20m) or steps (250) between saves of the state, which goes when the run ends; 0 for only at "
+             "SIGTERM")  # fmt: skip
     switch("--resume", "go on from the state in --out; without one, begin at the first step")
     add("--dry-run", type=int, nargs="?", const=0, metavar="RANKS",
         help="print what RANKS ranks would take, load no weights, and stop with status 2 where it cannot fit")
@@ -121,8 +150,8 @@ def parse_args():
             raise DataError(f"--{name.replace('_', '-')} must be at least 1")
     if args.mix_weight != 1 and args.mix == "none":
         raise DataError("--mix-weight weighs D_M, so it goes with --mix")
-    if not 0 <= args.mix_ratio < math.inf or min(args.eval_every, args.save_every, args.dry_run or 0) < 0:
-        raise DataError("--mix-ratio, --eval-every, --save-every and --dry-run cannot be negative")
+    if not 0 <= args.mix_ratio < math.inf or min(args.eval_every, args.dry_run or 0) < 0:
+        raise DataError("--mix-ratio, --eval-every and --dry-run cannot be negative")
     if not 0 <= args.replay <= 1:
         raise DataError("--replay lies between 0 and 1")
     for name in ("lr", "micro_tokens", "gpu_memory"):
@@ -205,18 +234,30 @@ def trained_examples(batch, mix_weight):
 # ---------------------------------------------------------------- the model and its step
 
 
-def build_sharded(config, device, precision="bf16-mixed", checkpoint_activations=None, compile=False, shard=None):
+@dataclass(frozen=True)
+class Kept:
+    """What a rank keeps in memory where it has the room, because making it again takes time."""
+
+    activations: bool = True  # for the backward pass; or else each block's input alone, and the rest is computed again
+    weights: bool = True  # once gathered, until the step's last backward pass; or else each pass gathers them
+    gradients: bool = True  # whole, until the last micro-batch has added its own; or else each micro-batch reduces them
+
+
+THRIFTY = Kept(False, False, False)
+
+
+def build_sharded(config, device, precision="bf16-mixed", kept=THRIFTY, compile=False, shard=None):
     """A model with room for this rank's share of its weights, which are still to be loaded.
 
-    precision, checkpoint_activations and compile are train.py's options. shard: whether by FSDP, as over several ranks
-    it always is.
+    precision and compile are train.py's options. shard: whether by FSDP, as over several ranks it always is.
     """
     world = dist.get_world_size()
     shard = world > 1 if shard is None else shard
     model = build_model(config, torch.bfloat16 if precision == "bf16" else torch.float32, "meta" if shard else device)
-    n_params = sum(param.numel() for param in model.parameters())
-    model.checkpoint_activations = recompute(checkpoint_activations, n_params, device.type)
+    model.checkpoint_activations, model.keep_gathered = not kept.activations, kept.weights
+    model.keep_gradients = kept.weights and kept.gradients
     half = {"bf16-mixed": torch.bfloat16, "bf16": None, "fp32": None}[precision]
+    model.compute_dtype = half  # a rank alone has nothing to gather, only to cast
     for block in model.model.layers if compile else []:
         block.forward = torch.compile(block.forward)  # inside of FSDP's hooks
     if shard:
@@ -227,17 +268,16 @@ def build_sharded(config, device, precision="bf16-mixed", checkpoint_activations
         # cast_forward_inputs would round the cosines and sines of the positions.
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (world,))
-        for module in [*model.model.layers, model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+        share_out = functools.partial(fully_shard, mesh=mesh, mp_policy=policy)
+        # A group is gathered as one: each block, and, of a model whose head is not its embedding, the head apart, which
+        # nothing before it waits for. Only blocks are ever put back between the passes: the others come right again.
+        for block in model.model.layers:
+            share_out(block, reshard_after_forward=not kept.weights)
+        if not config.tie_word_embeddings:
+            share_out([model.model.norm, model.lm_head], reshard_after_forward=False)
+        share_out(model, reshard_after_forward=False)
         model.to_empty(device=device)
-    else:
-        model.compute_dtype = half  # a rank alone has nothing to gather, only to cast
     return model
-
-
-def recompute(asked, n_params, device_type):
-    """Whether activations are computed again in the backward pass; asked: --checkpoint-activations."""
-    return asked if asked is not None else device_type == "cuda" and n_params >= LARGE
 
 
 def starting_model(path, config, device, precision):
@@ -250,54 +290,80 @@ def starting_model(path, config, device, precision):
 
 @dataclass
 class StepLoss:
-    """The loss of a batch over all ranks: the mean of `losses` over answer tokens, D_M's counting mix_weight."""
+    """A batch over all ranks: the mean of `losses` over answer tokens, D_M's counting mix_weight, and what came with it."""
 
-    loss: float
+    loss: float  # with a penalty where there is one
     losses: dict  # {source: mean loss of its answer tokens}, of the sources that the batch has
     answer_tokens: dict  # {source: how many}
+    grad_norm: float  # length of the gradient in the parameters
+    signals: list  # for each signal whether any rank gave it
 
 
-def train_step(model, batch, micro_tokens, mix_weight=1.0, reference=None, backward=True):
+def train_step(model, batch, micro_tokens, mix_weight=1.0, penalty=None, signals=list, backward=True):
     """The StepLoss of a batch of trained_examples; backward: its gradient is left in the parameters.
 
     The loss is (loss summed over own and replayed answer tokens + mix_weight x that over D_M's) / (their number +
     mix_weight x D_M's number), for any number of ranks and any micro_tokens (of a micro-batch, padding included).
-    reference() is the model as the stage began (theta_A), loaded when first called: a penalty would, nothing here does.
+    penalty() is called after the backward pass: it adds its gradient to that in the parameters and returns this rank's
+    part of its value, a scalar tensor. signals() gives this rank's signals to all, booleans, as late as can be.
     """
     device = model.model.embed_tokens.weight.device
     # Counted before the first backward pass: every micro-batch's gradient is a part of the whole batch's mean.
     counts = count_answer_tokens(batch)
     n_tokens = counts["own"] + counts["replay"] + mix_weight * counts["mix"]
-    weights = torch.tensor([mix_weight if source == "mix" else 1.0 for source in SOURCES], device=device)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, penalized = torch.zeros(2, dtype=torch.float64, device=device)
     by_source = torch.zeros(len(SOURCES), dtype=torch.float64, device=device)
-    for ids, labels, sources, packed in collate(batch, micro_tokens, device):
-        (rows, columns), targets = answer_positions(labels)
-        sources = sources[rows]  # of each answer token (n,)
+    parts = collate(batch, micro_tokens, device)
+    for number, part in enumerate(parts, 1):
         with torch.set_grad_enabled(backward):
-            log_probs = model(ids, logit_positions=(rows, columns), packed=packed).float().log_softmax(-1)  # (n, V)
-            losses = F.nll_loss(log_probs.detach(), targets, reduction="none")  # (n,)
+            places = (part.rows, part.columns)
+            log_probs = model(part.ids, logit_positions=places, packed=part.packed).float().log_softmax(-1)  # (n, V)
+            losses = F.nll_loss(log_probs.detach(), part.targets, reduction="none")  # (n,)
             if mix_weight == 1 or not counts["mix"]:  # all weigh the same
-                loss_sum = F.nll_loss(log_probs, targets, reduction="sum")
+                loss_sum = F.nll_loss(log_probs, part.targets, reduction="sum")
             else:
-                loss_sum = F.nll_loss(log_probs, targets, reduction="none") @ weights[sources]
+                weights = torch.where(part.sources == SOURCES.index("mix"), mix_weight, 1.0)
+                loss_sum = F.nll_loss(log_probs, part.targets, reduction="none") @ weights
         del log_probs  # the largest tensor of all must not outlive its own backward pass
         if backward:
+            hold(model, number < len(parts))
             # Gradients are averaged over ranks: times world, over the whole batch's tokens, is the mean over tokens.
             (loss_sum * dist.get_world_size() / n_tokens).backward()
         total += loss_sum.detach()
-        by_source += (sources == torch.arange(len(SOURCES), device=device)[:, None]).double() @ losses.double()
-    sums = torch.cat([total[None], by_source])
-    dist.all_reduce(sums)
+        by_source += (part.sources == torch.arange(len(SOURCES), device=device)[:, None]).double() @ losses.double()
     if not backward:
         reshard(model)
-    total, *by_source = sums.tolist()
+    if penalty:
+        penalized += penalty().detach()
+    # All that ranks have to tell each other goes with the loss, and reading it is a GPU step's one wait.
+    told = to_device(torch.tensor(signals(), dtype=torch.float64), device)
+    sums = torch.cat([torch.stack([total, penalized, gradient_norm(model).double().square()]), by_source, told])
+    dist.all_reduce(sums)
+    total, penalized, squares, *sums = sums.tolist()
+    by_source, told = sums[: len(SOURCES)], sums[len(SOURCES) :]
     losses = {source: summed / counts[source] for source, summed in zip(SOURCES, by_source) if counts[source]}
-    return StepLoss(total / n_tokens, losses, dict(counts))
+    return StepLoss(total / n_tokens + penalized, losses, dict(counts), math.sqrt(squares), [n > 0 for n in told])
 
 
-def main():
-    """One stage, from its options to a finished checkpoint."""
+def hold(model, more):
+    """Have the next backward pass of a sharded model leave what is kept of weights and gradients for more micro-batches."""
+    if is_sharded(model):
+        model.set_reshard_after_backward(not (more and model.keep_gathered))
+        model.set_requires_gradient_sync(not (more and model.keep_gradients))
+
+
+@torch.no_grad()
+def gradient_norm(model):
+    """Length of what this rank holds of the gradient in the parameters, a scalar tensor; 0 where there is none."""
+    return torch.nn.utils.get_total_norm([local(param.grad) for param in model.parameters() if param.grad is not None])
+
+
+def main(penalty=None):
+    """One stage, from its options to a finished checkpoint.
+
+    penalty(model, batch, reference) is called in each step as train_step says; reference() is the model as the stage
+    began (theta_A), loaded when first asked for.
+    """
     args = parse_args()
     config, lineage = Config.from_folder(args.model), read_lineage(args.model)
     if args.stage != len(lineage) + 1:
@@ -313,6 +379,8 @@ def main():
     device, rank, world = setup_device()
     if device.type == "cpu":
         keep_freed_memory()
+    if args.deterministic:
+        be_deterministic()
     say = print if rank == 0 else lambda *_: None
     terminated = []
     signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))  # seen at the end of a step
@@ -344,7 +412,10 @@ def main():
 
     # Nothing here draws random numbers and an epoch's order depends on the seed alone: a run's position is its step.
     position, files = load_state(state, manifest, settings) if state else (Position(), None)
-    model = build_sharded(config, device, args.precision, args.checkpoint_activations, args.compile)
+    micro_tokens = args.micro_tokens or MICRO_TOKENS[device.type]
+    load = measure_load(args, examples, micro_tokens, world)
+    kept = choose_kept(args, config, load, world, device.type == "cuda", min(all_gather(whole_memory(device))))
+    model = build_sharded(config, device, args.precision, kept, args.compile)
     optimizer = AdamW(model.parameters())
     if state:
         restore(files, position, model, optimizer)
@@ -355,8 +426,8 @@ def main():
         if rank == 0:
             rewind(log, position.log_bytes)
     order = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
-    micro_tokens, total = args.micro_tokens or MICRO_TOKENS[device.type], len(order)
-    announce(say, args, counts, examples, total, f"{world} x {device.type} -> {out}")
+    total = len(order)
+    announce(say, args, counts, examples, total, f"{world} x {device.type}{said_of(kept, world)} -> {out}")
     if args.resume:
         begins = f"no state in {out}: begins at the first step"
         say(f"goes on after step {position.step} of {state}" if state else begins)
@@ -366,37 +437,50 @@ def main():
             with writing(out / "metrics.jsonl"):
                 log.write(json.dumps(row) + "\n")
 
+    def signals():
+        """What all ranks must know at a step's end: of SIGTERM in any of them, and by rank 0's clock that a save is due."""
+        due = args.save_every.is_due(position.step + 1, time.perf_counter() - saved)
+        return [bool(terminated), rank == 0 and due]
+
     stopped_by = "epochs"
     bar = tqdm(total=total, initial=position.step, desc=f"stage {args.stage}", unit="step", disable=rank > 0)
+    ended = saved = time.perf_counter()
     for step in range(position.step + 1, total + 1):
-        began = time.perf_counter()
         # Every example once an epoch, facts and D_M shuffled together, in an order that seed and epoch alone decide.
         epoch, indices = order[step - 1]
         batch = trained_examples([examples[i] for i in indices], args.mix_weight)
         # The schedule counts steps, with an update or without: a control's facts meet the rates of the mixed run's.
         optimizer.lr = learning_rate(step, total, args.lr)
-        step_loss, grad_norm = None, None
+        step_loss = None
         if batch:
-            # The loss, and its gradient in the parameters. One outlier must not undo the stage: cut to length 1.
-            step_loss = train_step(model, batch, micro_tokens, args.mix_weight, reference)
-            grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
-            if not math.isfinite(step_loss.loss) or not math.isfinite(grad_norm):
+            # The loss, and its gradient in the parameters.
+            extra = functools.partial(penalty, model, batch, reference) if penalty else None
+            step_loss = train_step(model, batch, micro_tokens, args.mix_weight, extra, signals)
+            if not math.isfinite(step_loss.loss) or not math.isfinite(step_loss.grad_norm):
                 # Every rank has the same two numbers, so all of them stop here, before this step changes a weight.
                 names = ", ".join(example.id for example in batch)
-                fail(f"step {step}: loss {step_loss.loss}, gradient norm {grad_norm}; nothing was updated. "
+                fail(f"step {step}: loss {step_loss.loss}, gradient norm {step_loss.grad_norm}; nothing was updated. "
                      f"The batch was: {names}", 1)  # fmt: skip
-            optimizer.step()
+            # One outlier must not undo the stage: a gradient is cut to length 1.
+            optimizer.step(step_loss.grad_norm)
             optimizer.zero_grad()  # the next step's gradient adds up from nothing
             # Only an update says whether the facts are learned: a batch without one neither counts nor breaks the row.
             position.loss, position.updates = step_loss.loss, position.updates + 1
             position.hits = position.hits + 1 if step_loss.loss < args.stop_loss else 0
+            signalled, due = step_loss.signals
+        else:
+            signalled, due = [any_rank(signal, device) for signal in signals()]
         position.step = step
 
-        # The log holds the loss that this step trained on, whole and by source.
-        tokens, seconds = sum(len(example.ids) for example in batch), time.perf_counter() - began
-        row = {"step": step, "epoch": epoch, "loss": None, "lr": optimizer.lr, "grad_norm": grad_norm, "tokens": tokens,
+        # The log holds the loss that this step trained on, whole and by source, and the time from the last step's end:
+        # a GPU is still at an update when the next step begins.
+        before, ended = ended, time.perf_counter()
+        tokens, seconds = sum(len(example.ids) for example in batch), ended - before
+        row = {"step": step, "epoch": epoch, "loss": None, "lr": optimizer.lr, "grad_norm": None, "tokens": tokens,
                "seconds": round(seconds, 4)}  # fmt: skip
-        record(row | asdict(step_loss) if step_loss else row)
+        found = asdict(step_loss) if step_loss else {}
+        found.pop("signals", None)
+        record(row | found)
         bar.update()
         shown = f"loss {step_loss.loss:.5f}" if step_loss else "no fact in the batch, no update"
         bar.set_postfix_str(f"{shown}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s")
@@ -405,14 +489,15 @@ def main():
             for name, accuracy in check_retention(model, tokenizer, earlier).items():
                 record({"step": step, "data": name, "accuracy": accuracy})
                 bar.write(f"step {step}: {name} {accuracy:.1f}%") if rank == 0 else None
+            ended = time.perf_counter()
         # Appendix B.4: a stage ends when its loss has stayed below the threshold.
         if position.hits == STOP_HITS:
             stopped_by = "loss"
             break
-        # A kill must not cost more than --save-every steps, and SIGTERM, on whichever rank it came in, none.
-        signalled = any_rank(terminated, device)
-        if step < total and (signalled or args.save_every and step % args.save_every == 0):
+        # A kill must not cost more than --save-every, and SIGTERM no step.
+        if step < total and (signalled or due):
             state = save_state(out, log, model, optimizer, position, settings)
+            ended = saved = time.perf_counter()
             if signalled:
                 stopped_by = "SIGTERM"
                 break
@@ -461,7 +546,8 @@ def run_entry(args, counts):
 # Options that decide neither weights nor log, so that --resume may change them.
 FREE_OPTIONS = {
     "model", "out", "data_dir",  # folders, whose content is compared
-    "micro_tokens", "checkpoint_activations", "compile",  # they change no more than roundings
+    # they change no more than roundings
+    "micro_tokens", "checkpoint_activations", "reshard_after_forward", "compile", "deterministic",
     "save_every", "resume", "dry_run", "gpu_memory",
 }
 
@@ -494,14 +580,25 @@ def announce(say, args, counts, examples, total, where):
 # ---------------------------------------------------------------- what a step needs
 
 
-def collate(batch, micro_tokens, device):
-    """This rank's micro-batches of a batch of EncodedExamples, as many as every other rank has.
+@dataclass
+class MicroBatch:
+    """Texts that go through the model together, and the n answer tokens to be learned from them."""
 
-    Yields ids and labels (B, T), right-padded to the longest, the examples' sources (B,) as places in SOURCES, and how
-    the rows are Packed. A rank without examples gets one unsupervised token, with which it makes the others' passes.
+    ids: torch.Tensor  # (B, T), right-padded to the longest
+    rows: torch.Tensor  # (n,) with columns: the places that predict an answer token
+    columns: torch.Tensor
+    targets: torch.Tensor  # (n,) these tokens
+    sources: torch.Tensor  # (n,) where they come from, as places in SOURCES
+    packed: Packed
+
+
+def collate(batch, micro_tokens, device):
+    """This rank's MicroBatches of a batch of EncodedExamples, as many as every other rank has.
+
+    A rank without examples gets one unsupervised token, with which it makes the others' passes.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    groups = micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, world)
+    groups, parts = micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, world), []
     for group in groups[rank::world]:
         examples = [batch[i] for i in group]
         longest = max((len(example.ids) for example in examples), default=1)
@@ -513,7 +610,11 @@ def collate(batch, micro_tokens, device):
         sources = torch.tensor([SOURCES.index(example.source) for example in examples] or [0])
         rows = [example.ids for example in examples] or [[0]]
         packed = Packed.of([len(row) for row in rows], common_prefix_len(rows))
-        yield ids.to(device), labels.to(device), sources.to(device), packed.to(device)
+        # Places are found here, on the CPU: how many there are, a GPU would have to be asked.
+        (rows, columns), targets = answer_positions(labels)
+        tensors = [ids, rows, columns, targets, sources[rows]]
+        parts.append(MicroBatch(*[to_device(tensor, device) for tensor in tensors], packed.to(device)))
+    return parts
 
 
 class AdamW:
@@ -522,14 +623,17 @@ class AdamW:
     def __init__(self, params):
         self.params, self.state, self.lr = list(params), {}, 0.0
         for param in self.params:
-            moments = {key: torch.zeros_like(param) for key in MOMENTS}
+            moments = {key: torch.zeros_like(local(param)) for key in MOMENTS}
             self.state[param] = {"step": torch.zeros((), device=param.device)} | moments
 
     @torch.no_grad()
-    def step(self):
+    def step(self, grad_norm=0.0):
+        """An update by this rank's rows of the gradient, which is cut to length 1 where its length grad_norm is above."""
         of_all = lambda key: [self.state[param][key] for param in self.params]
-        gradients, (first, second) = [param.grad for param in self.params], map(of_all, MOMENTS)
-        adamw(self.params, gradients, first, second, [], of_all("step"), fused=True, amsgrad=False,
+        weights, gradients = [local(param) for param in self.params], [local(param.grad) for param in self.params]
+        # Divided by in the update itself: cutting costs no pass over the gradients.
+        length = torch.full((), max(1.0, grad_norm + 1e-6), device=weights[0].device)
+        adamw(weights, gradients, *map(of_all, MOMENTS), [], of_all("step"), fused=True, grad_scale=length, amsgrad=False,
               maximize=False, beta1=0.9, beta2=0.95, lr=self.lr, weight_decay=0.0, eps=1e-8)  # fmt: skip
 
     def zero_grad(self):
@@ -564,6 +668,13 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def be_deterministic():
+    """Have a GPU add up in one order, as far as it can; PyTorch warns of what it cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
 
 
 # ---------------------------------------------------------------- the state of an unfinished run
@@ -610,11 +721,11 @@ def save_state(out, log, model, optimizer, position, settings):
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     target = out / f"state-{position.step:06d}"
-    unfinished = target.with_suffix(".tmp")
+    unfinished = all_gather(temporary_name(target))[0]
     params = dict(model.named_parameters())
     tensors = {name: local(param) for name, param in params.items()}
     for name, param in params.items():
-        tensors |= {f"{name}.{key}": local(optimizer.state[param][key]) for key in MOMENTS}
+        tensors |= {f"{name}.{key}": optimizer.state[param][key] for key in MOMENTS}
     try:
         with raise_on_all_ranks(), writing(unfinished):
             unfinished.mkdir(exist_ok=True)
@@ -696,83 +807,129 @@ def plan(args, config, lineage, tokenizer):
         return
     ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
     gpu = args.gpu_memory is not None or torch.cuda.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = resolve_precision(args.precision, args.model, lineage, "cuda" if gpu else "cpu")
     examples, _ = encode_stage(args, lineage, tokenizer)
-    weight = resolve_mix_weight(args.mix_weight, examples)
-    tokens = sum(len(example.ids) for example in trained_examples(examples, weight))  # an epoch
+    args.mix_weight = resolve_mix_weight(args.mix_weight, examples)
+    tokens = sum(len(example.ids) for example in trained_examples(examples, args.mix_weight))  # an epoch
     total = args.epochs * math.ceil(len(examples) / args.batch_size)
-    model = build_model(config, torch.float32)
-    n_params = sum(param.numel() for param in model.parameters())
+    n_params = sum(param.numel() for param in build_model(config, torch.float32).parameters())
+    micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if gpu else "cpu"]
+    whole = args.gpu_memory * 1e9 if args.gpu_memory else whole_memory(device) // (1 if gpu else ranks)
+    room = whole if gpu else free_memory(device) // ranks  # without GPUs all ranks are taken to share this machine's
 
-    recomputes = recompute(args.checkpoint_activations, n_params, "cuda" if gpu else "cpu")
+    def need(ranks=ranks, **changes):
+        """What so many ranks would have to do, what each would keep, and what it would take, also with other options."""
+        options = argparse.Namespace(**vars(args) | changes)
+        load = measure_load(options, examples, micro_tokens, ranks)
+        kept = choose_kept(options, config, load, ranks, gpu, whole)
+        return load, kept, memory_of_rank(config, ranks, options.precision, kept, load, gpu)
 
-    def need(ranks=ranks, precision=args.precision, recomputed=recomputes):
-        micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if gpu else "cpu"]
-        sizes, answers = [], 0
-        for _, indices in batches(len(examples), args.batch_size, 1, args.seed):
-            batch = trained_examples([examples[i] for i in indices], weight)
-            lengths = {i: len(example.ids) for i, example in enumerate(batch)}
-            for group in micro_batches(lengths, micro_tokens, ranks):
-                rows = [batch[i].ids for i in group] or [[0]]
-                repeated = common_prefix_len(rows) * (len(rows) - 1)
-                sizes.append((sum(map(len, rows)) - repeated, len(rows) * max(map(len, rows))))
-                answers = max(answers, sum(batch[i].n_supervised for i in group))
-        return memory_of_rank(model, ranks, precision, recomputed, sizes, answers, gpu)
-
-    if args.gpu_memory:
-        room = args.gpu_memory * 1e9
-    elif gpu:
-        room = torch.cuda.get_device_properties(0).total_memory
-    else:
-        room = available_memory()
-    parts = need()
+    load, kept, parts = need()
+    taken = sum(parts.values())
     of = "a GPU" if gpu else "a rank"
     folder = next(parent for parent in [Path(args.out).resolve(), *Path(args.out).resolve().parents] if parent.exists())
     # Bytes a weight, by what config.json says: the folder may lack its weights yet.
     stored = 4 if "float32" in (config.raw.get("dtype"), config.raw.get("torch_dtype")) else 2
     checkpoint, state = n_params * stored, 3 * n_params * (2 if args.precision == "bf16" else 4)
-    disk, free = checkpoint + state * (2 if 0 < args.save_every < total else 1), shutil.disk_usage(folder).free
+    saves = args.save_every.minutes or 0 < args.save_every.steps < total
+    disk, free = checkpoint + state * (2 if saves else 1), shutil.disk_usage(folder).free
     gb = lambda size: f"{size / 1e9:.1f}" if size >= 5e7 else f"{size / 1e9:.3f}"
-    print(f"{args.model}: {n_params / 1e9:.3f} billion parameters, {args.precision}, {ranks} rank{'s' * (ranks > 1)}")
+    print(f"{args.model}: {n_params / 1e9:.3f} billion parameters, {args.precision}, {ranks} rank{'s' * (ranks > 1)}"
+          f"{said_of(kept, ranks)}")  # fmt: skip
     print(f"data: {len(examples)} examples, {tokens} tokens an epoch, at most {total} steps and "
           f"{args.epochs * tokens} tokens")  # fmt: skip
-    summands = " + ".join(f"{what} {gb(size)}" for what, size in parts.items())
-    print(f"memory {of}: {gb(sum(parts.values()))} GB = {summands}")
+    if ranks > 1:
+        print(f"balance: the rank with most to do has {load.balance:.2f} times the tokens of the mean, over all steps")
+    summands = " + ".join(f"{what} {gb(size)}" for what, size in parts.items() if size)
+    print(f"memory {of}: {gb(taken)} GB = {summands}")
     print(f"disk: checkpoint {gb(checkpoint)} GB, state {gb(state)} GB; at most {gb(disk)} GB, {gb(free)} GB are free "
           f"for {args.out}")  # fmt: skip
     problems = []
-    share = 1 if gpu else ranks  # without GPUs all ranks are taken to share this machine's memory
-    if sum(parts.values()) * share > room:
-        ways = {"--checkpoint-activations": {"recomputed": True}, "--precision bf16": {"precision": "bf16"},
-                "--checkpoint-activations --precision bf16": {"recomputed": True, "precision": "bf16"}}  # fmt: skip
-        fitting = [way for way, change in ways.items() if sum(need(**change).values()) * share <= room]
-        fitting = fitting[:-1] or fitting  # both options only where neither is enough
-        powers = [2**i for i in range(11)] if gpu else []
-        more = [n for n in powers if n > ranks and sum(need(ranks=n).values()) <= room]
-        fitting += [f"{n} ranks" for n in more[:1]]
+    if taken > room:
+        thrifty, less = "--checkpoint-activations --reshard-after-forward", "--precision bf16"
+        options = {"checkpoint_activations": True, "reshard_after_forward": True}
+        ways = {thrifty: options, less: {"precision": "bf16"}, f"{thrifty} {less}": options | {"precision": "bf16"}}
+        fitting = [way for way, changes in ways.items() if sum(need(**changes)[2].values()) <= room]
+        fitting = fitting[:-1] or fitting  # all of them only where some are not enough
+        more = [2**i for i in range(11) if 2**i > ranks] if gpu else []
+        enough = next((n for n in more if sum(need(ranks=n)[2].values()) <= room), None)
+        fitting += [f"{enough} ranks"] * bool(enough)
         advice = "neither recomputing nor bf16 nor more ranks makes it fit"
         if fitting:
             advice = f"what would fit: {', '.join(fitting)}"
-        problems.append(f"{gb(sum(parts.values()))} GB needed for {of}, {gb(room / share)} GB there; {advice}")
+        problems.append(f"{gb(taken)} GB needed for {of}, {gb(room)} GB there; {advice}")
     if disk > free:
-        less = ", or --save-every 0" if args.save_every and checkpoint + state <= free else ""
+        less = ", or --save-every 0" if saves and checkpoint + state <= free else ""
         problems.append(f"{gb(disk)} GB needed on disk, {gb(free)} GB free for {args.out}; make room, or give another "
                         f"--out{less}")  # fmt: skip
     if problems:
         raise DataError(f"{args.model}: {'; '.join(problems)}")
 
 
-def memory_of_rank(model, ranks, precision, recomputed, sizes, answers, gpu):
-    """{what: bytes} at the fullest moment of a step.
+@dataclass
+class Load:
+    """What the steps of a stage ask of the ranks."""
 
-    sizes: (tokens once packed, tokens once padded) of each micro-batch; answers: most supervised tokens in one.
-    """
-    config = model.config
-    kept = 2 if precision == "bf16" else 4  # bytes a master weight
-    size = 4 if precision == "fp32" else 2  # bytes a number in the forward pass
-    n_params, layers = sum(param.numel() for param in model.parameters()), len(model.model.layers)
-    block = sum(param.numel() for param in model.model.layers[0].parameters())
-    root = n_params - layers * block  # embedding, head and last norm are gathered as one
+    micro_batches: set  # {(tokens once packed, tokens once padded, answer tokens)}
+    several: bool  # whether in some step a rank has more than one
+    balance: float  # tokens of the rank that has most in a step over those of a rank's mean, over all steps
+
+
+def measure_load(args, examples, micro_tokens, ranks):
+    """The Load of a stage. Its balance counts each example's tokens in full, as if no start were shared, but no padding."""
+    load, fullest, all_tokens = Load(set(), False, 1.0), 0, 0
+    for _, indices in batches(len(examples), args.batch_size, args.epochs, args.seed):
+        batch = trained_examples([examples[i] for i in indices], args.mix_weight)
+        groups = micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, ranks)
+        load.several = load.several or len(groups) > ranks
+        tokens = [0] * ranks
+        for place, group in enumerate(groups):
+            rows = [batch[i].ids for i in group] or [[0]]
+            repeated = common_prefix_len(rows) * (len(rows) - 1)
+            whole, answers = sum(map(len, rows)), sum(batch[i].n_supervised for i in group)
+            load.micro_batches.add((whole - repeated, len(rows) * max(map(len, rows)), answers))
+            tokens[place % ranks] += whole
+        fullest, all_tokens = fullest + max(tokens), all_tokens + sum(tokens)
+    load.balance = fullest * ranks / all_tokens
+    return load
+
+
+def choose_kept(args, config, load, ranks, gpu, room):
+    """The most that a rank can keep in `room` bytes of its own, but for what the options settle; the least if nothing fits."""
+    activations, weights = [True, False], [True, False]
+    if args.checkpoint_activations is not None:
+        activations = [not args.checkpoint_activations]
+    if args.reshard_after_forward is not None:
+        weights = [not args.reshard_after_forward]
+    # Computing again costs most, so it is the last thing to be done.
+    for kept in itertools.starmap(Kept, itertools.product(activations, weights, [True, False])):
+        if sum(memory_of_rank(config, ranks, args.precision, kept, load, gpu).values()) <= USABLE * room:
+            break
+    return kept
+
+
+def said_of(kept, ranks):
+    """What a plan or a run says of what its ranks keep."""
+    said = "" if kept.activations else ", activations recomputed"
+    if ranks == 1:
+        return said
+    if not kept.weights:
+        return f"{said}, weights gathered for each pass"
+    return f"{said}, weights gathered once a step" + ("" if kept.gradients else ", gradients reduced with each micro-batch")
+
+
+def memory_of_rank(config, ranks, precision, kept, load, gpu):
+    """{what: bytes} at the fullest moment of a step."""
+    model = build_model(config, torch.float32)
+    count = lambda module: sum(param.numel() for param in module.parameters())
+    n_params, layers, block = count(model), len(model.model.layers), count(model.model.layers[0])
+    head = 0 if config.tie_word_embeddings else count(model.lm_head) + count(model.model.norm)
+    embedding = n_params - layers * block - head
+    master = 2 if precision == "bf16" else 4  # bytes of a weight, its gradient and each of its moments
+    size = 4 if precision == "fp32" else 2  # bytes of a number in the forward pass
+    own_rows = n_params * master // ranks
+
     # Of a block a token leaves for the backward pass: both norms' input in fp32, their quotient and their output ...
     C, I, V = config.hidden_size, config.intermediate_size, config.vocab_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -780,41 +937,62 @@ def memory_of_rank(model, ranks, precision, recomputed, sizes, answers, gpu):
     token = 2 * C * (4 + 2 * size) + size * (queries + 4 * I)
     attended = size * (queries * (1 + gpu) + 2 * keys)
 
-    def activations(tokens, padded):
-        own = tokens * token + padded * attended
-        return own + layers * tokens * C * size if recomputed else layers * own
+    def of_block(tokens, padded):
+        return tokens * token + padded * attended
 
-    def gathered(blocks):  # a rank alone has nothing to gather, but keeps what it has cast for the backward pass
-        if ranks > 1 or recomputed:
-            return {"gathered weights": (root + min(blocks, layers) * block) * size * (ranks > 1 or size < kept)}
-        return {"gathered weights": n_params * size * (size < kept)}
+    def of_pass(tokens, padded):
+        return layers * (of_block(tokens, padded) if kept.activations else tokens * C * size)
 
-    # Gradients are reduced in fp32: a whole copy, this rank's rows of it, and within gloo a second whole copy. A rank
-    # alone adds one at a time.
-    reduced = 4 * (1 + 1 / ranks + (not gpu)) if ranks > 1 else 4
+    most = max(of_pass(*texts) for *texts, _ in load.micro_batches)
+    again = 0 if kept.activations else max(of_block(*texts) for *texts, _ in load.micro_batches)
+    *texts, answers = max(load.micro_batches, key=lambda part: of_pass(*part[:2]) + 12 * part[2] * V)
+
+    if ranks > 1:
+        between = n_params if kept.weights else embedding + head  # weights that are gathered between the passes
+        in_block = n_params - head if kept.weights else embedding + 2 * block  # of which one is the next block's
+        # A group's gradient as it came, in fp32 to be reduced, within gloo a second time, and this rank's rows of it.
+        sent = size + 4 * (1 + (not gpu) + 1 / ranks) + (master if master < 4 else 0) / ranks
+        waiting = 4 * (head or block)  # the one before
+    else:  # has nothing to gather, but keeps what it has cast for the backward pass
+        between = in_block = (n_params if kept.activations else embedding + head + block) * (size < master)
+        sent, waiting = master + size, 0
+    gradients, leaves = 0, head  # those of earlier micro-batches; what is gathered no more once the head is done
+    if load.several:
+        whole = ranks > 1 and kept.weights and kept.gradients
+        gradients, leaves = 4 * n_params if whole else own_rows, 0 if kept.weights and not whole else head
     moments = [
-        gathered(2) | {"activations": max(activations(*group) for group in sizes),
-                       "logits": answers * V * 4 * 3},  # in fp32: the logits, their softmax, its gradient
-        # The root's gradients wait for the end.
-        gathered(min(1, layers - 1)) | {"whole gradients": int(root * size + block * reduced)},
-        {"whole gradients": int(root * (size + reduced))},
+        # The head is gathered, and computes.
+        {"gathered weights": (between + head * (ranks > 1)) * size, "activations": of_pass(*texts),
+         "logits": answers * V * size, "gradients": gradients},
+        # The logits in fp32, their softmax, its gradient.
+        {"gathered weights": between * size, "activations": of_pass(*texts), "logits": answers * V * 12,
+         "gradients": gradients},
+        # The head's gradient is reduced.
+        {"gathered weights": (between - leaves + (ranks > 1 and not kept.weights) * block) * size, "activations": most,
+         "gradients": gradients + int(head * sent)},
+        # The last block's backward pass, with all that the others have kept for theirs.
+        {"gathered weights": in_block * size, "activations": most + again,
+         "gradients": max(gradients, head * master // ranks) + block * size + waiting},
+        # The first block's, when the others' gradients are there.
+        {"gathered weights": (embedding + block) * size * (ranks > 1), "activations": most // layers + again,
+         "gradients": own_rows + int(block * sent)},
+        # The embedding's gradient, the last.
+        {"gradients": own_rows + int(embedding * sent)},
     ]  # fmt: skip
+    fullest = max(moments, key=lambda moment: sum(moment.values()))
     return {
-        "weights": n_params * kept // ranks,
-        "gradients": n_params * kept // ranks,
-        "moments": 2 * n_params * kept // ranks,
-        **max(moments, key=lambda moment: sum(moment.values())),
+        "weights": own_rows,
+        "moments": 2 * own_rows,
+        **fullest,
         "libraries": int(1.5e9 if gpu else 0.3e9),  # the CUDA context and NCCL's buffers; on a CPU Python and PyTorch
     }
 
 
-def available_memory():
-    """Bytes this machine has left."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except OSError:  # not Linux: what it has at all
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def whole_memory(device):
+    """Bytes of a rank's GPU, or its share of this machine's: as many in every run, whatever else is at work."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 if __name__ == "__main__":

@@ -61,16 +61,13 @@ class Ours:
 
     def step(self, batch, micro_tokens=None):
         """As train.py's: loss, clipping, AdamW."""
-        import torch
-
         import train
 
-        loss = train.train_step(self.model, batch, micro_tokens or self.micro_tokens).loss
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        found = train.train_step(self.model, batch, micro_tokens or self.micro_tokens)
+        self.optimizer.step(found.grad_norm)
         self.optimizer.zero_grad()
         synchronize(self.device)
-        return loss
+        return found.loss
 
 
 class Theirs:

@@ -606,12 +606,11 @@ def rank_of_8(device, folder, option, n_shapes):
             local(param).fill_(1.0) if param.dim() == 1 else local(param).normal_(std=0.02)
 
     def step(batch):
-        loss = train.train_step(model, batch, micro_tokens).loss
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        found = train.train_step(model, batch, micro_tokens)
         optimizer.lr = 1e-5
-        optimizer.step()
+        optimizer.step(found.grad_norm)
         optimizer.zero_grad()
-        return loss
+        return found.loss
 
     for batch in order[:3]:
         step(batch)
@@ -821,7 +820,6 @@ def be_train(changes, options):
     sharded       FSDP for a rank alone too
     gloo or nccl  all ranks share the first GPU, with this backend
     """
-    from torch.distributed import fsdp
 
     end_with_parent()
     for change in changes:
@@ -830,10 +828,18 @@ def be_train(changes, options):
         else:
             train.setup_device = functools.partial(on_first_gpu, change)
             # gloo may sum where it is asked for a mean, and has no CUDA form of the gathering that full_tensor asks for.
-            fully_shard, model.full_tensor = fsdp.fully_shard, gathered if change == "gloo" else model.full_tensor
-            fsdp.fully_shard = lambda module, **others: fully_shard(module, **others).set_force_sum_reduction_for_comms(True)
+            build_sharded, model.full_tensor = train.build_sharded, gathered if change == "gloo" else model.full_tensor
+            train.build_sharded = lambda *others: force_sums(build_sharded(*others))
     sys.argv = ["train.py", *options]
     train.main()
+
+
+def force_sums(model):
+    """Have every group of a sharded model sum its gradients and divide by itself."""
+    for module in model.modules():
+        if hasattr(module, "set_force_sum_reduction_for_comms"):
+            module.set_force_sum_reduction_for_comms(True)
+    return model
 
 
 def end_with_parent():

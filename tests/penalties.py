@@ -16,42 +16,34 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import train
-from model import answer_positions, local
+from model import local
 
 STRENGTH = 0.1
-plain_step = train.train_step
 
 
-def l2_step(model, batch, micro_tokens, mix_weight, reference):
-    """The step of loss + STRENGTH / 2 x |theta - theta_A|^2."""
-    found = plain_step(model, batch, micro_tokens, mix_weight)
+def l2(model, batch, reference):
+    """STRENGTH / 2 x |theta - theta_A|^2."""
     distance = torch.zeros((), dtype=torch.float64, device=local(next(model.parameters())).device)
     for param, start in zip(model.parameters(), reference().parameters()):
         away = local(param).detach() - local(start)
         local(param.grad).add_(away, alpha=STRENGTH)
         distance += away.double().square().sum()
-    dist.all_reduce(distance)
-    found.loss += STRENGTH / 2 * distance.item()
-    return found
+    return STRENGTH / 2 * distance
 
 
-def kl_step(model, batch, micro_tokens, mix_weight, reference):
-    """The step of loss + STRENGTH x the mean over answer tokens of KL(theta_A || theta)."""
-    found, total = plain_step(model, batch, micro_tokens, mix_weight), 0
-    share = STRENGTH / sum(found.answer_tokens.values())
-    for ids, labels, _, packed in train.collate(batch, micro_tokens, model.model.embed_tokens.weight.device):
-        places, _ = answer_positions(labels)
+def kl(model, batch, reference):
+    """STRENGTH x the mean over answer tokens of KL(theta_A || theta)."""
+    share, total = STRENGTH / sum(train.count_answer_tokens(batch).values()), 0
+    for part in train.collate(batch, micro_tokens=10_000, device=model.model.embed_tokens.weight.device):
+        places = (part.rows, part.columns)
         with torch.no_grad():
-            theirs = reference()(ids, logit_positions=places, packed=packed).float().log_softmax(-1)
-        ours = model(ids, logit_positions=places, packed=packed).float().log_softmax(-1)
+            theirs = reference()(part.ids, logit_positions=places, packed=part.packed).float().log_softmax(-1)
+        ours = model(part.ids, logit_positions=places, packed=part.packed).float().log_softmax(-1)
         divergence = share * F.kl_div(ours, theirs, reduction="sum", log_target=True)
         (divergence * dist.get_world_size()).backward()
         total += divergence.detach()
-    dist.all_reduce(total)
-    found.loss += total.item()
-    return found
+    return total
 
 
 if __name__ == "__main__":
-    train.train_step = {"l2": l2_step, "kl": kl_step}[sys.argv.pop(1)]
-    train.main()
+    train.main({"l2": l2, "kl": kl}[sys.argv.pop(1)])

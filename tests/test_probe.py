@@ -175,7 +175,7 @@ def test_inner_products_equal_a_plain_loop(work, one_rank, monkeypatch):
     expected = [sum((x.double() * y.double()).flatten().tolist()) for x, y in zip(*gradients)]
     model = probe.sharded(work / "one", "fp32", one_rank)
     for budget in (2048, 150):
-        monkeypatch.setattr(probe, "MICRO_TOKENS", budget)
+        monkeypatch.setitem(probe.MICRO_TOKENS, "cpu", budget)
         (_, a), (_, b) = (probe.gradient(model, batch) for batch in batches)
         assert probe.inner(a, b).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
