@@ -14,6 +14,7 @@ Axes: L layers, n answer tokens, V vocabulary, P parameters.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -32,8 +33,8 @@ from evaluate import (
     read_rows, resolve_precision,
 )
 from model import (
-    PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, end_process_group, fail, generation_mode,
-    load_model, load_weights, local, setup_device, temporary_name, write_json,
+    PRECISIONS, CheckpointError, Config, any_rank, check_saved, compute_dtype, end_process_group, fail, free_memory,
+    generation_mode, load_model, load_weights, local, setup_device, temporary_name, write_json,
 )
 from train import (
     MICRO_TOKENS, AdamW, batches, build_sharded, count_answer_tokens, keep_freed_memory, learning_rate, train_step,
@@ -486,7 +487,12 @@ def transplant(args, path, lineage, device, rank):
     tokenizer = load_tokenizer(path)
     precision = resolve_precision(args.precision, path, lineage, device.type)
     model = load_model(path, compute_dtype(precision), device)
-    check_saved(args.transplant)
+    size = sum(param.numel() * param.element_size() for param in model.parameters())
+    if any_rank(1.25 * size > free_memory(device), device):  # a fifth is left for keys and values of questions
+        other = None
+        check_saved(args.transplant)
+    else:
+        other = load_model(args.transplant, compute_dtype(precision), device)
     parts = split_parts(model, args.grid)
     file, part = Path(path) / "transplant.json", Path(path) / "transplant.part"
     header = {"other": args.transplant, "precision": precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}
@@ -498,9 +504,9 @@ def transplant(args, path, lineage, device, rank):
         if (first, last) in done:
             continue
         names = {name for _, names in parts[first : last + 1] for name in names}
-        load_weights(model, args.transplant, only=names)
-        done[first, last] = [fact["id"] for fact, right in zip(facts, exact_matches(model, tokenizer, facts)) if right]
-        load_weights(model, path, only=names)
+        with parts_of(model, other, names, path, args.transplant):
+            right = exact_matches(model, tokenizer, facts)
+        done[first, last] = [fact["id"] for fact, is_right in zip(facts, right) if is_right]
         if rank == 0:
             with open(part, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"first": first, "last": last, "correct": done[first, last]}) + "\n")
@@ -517,6 +523,25 @@ def transplant(args, path, lineage, device, rank):
         write_json(file, result)
         draw_transplant(result, f"{path} with parts of {args.transplant}", file.with_suffix(".png"))
         part.unlink()
+
+
+@contextlib.contextmanager
+def parts_of(model, other, names, path, other_path):
+    """In this block the model, that of folder path, has other_path's parameters of these names.
+
+    other: the other model where memory holds both, which then exchange them; None: they are read from the folders.
+    """
+    if other is None:
+        load_weights(model, other_path, only=names)
+        yield
+        load_weights(model, path, only=names)
+        return
+    mine, others = dict(model.named_parameters()), dict(other.named_parameters())
+    for name in names:
+        mine[name].data, others[name].data = others[name].data, mine[name].data
+    yield
+    for name in names:
+        mine[name].data, others[name].data = others[name].data, mine[name].data
 
 
 def split_parts(model, grid):

@@ -15,8 +15,10 @@
 #
 # What is finished is not done again: after an interruption, give the same command once more.
 # The precision is chosen once a runs folder, on the machine that this runs on: RUNS/precision, where another trains write it before.
-# PYTHON names the interpreter; without it, .venv's is taken if there is one. LAUNCH="torchrun --nproc_per_node 8" trains on 8 GPUs.
+# PYTHON names the interpreter; without it, .venv's is taken if there is one. LAUNCH="torchrun --nproc_per_node 8" trains, asks
+# and probes on 8 GPUs.
 set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # seconds for a save before torchrun kills, otherwise 30
 code=$(cd "$(dirname "$0")" && pwd)
 [ -n "${HERE-}" ] || cd "$code"  # HERE: stay where the data, models and runs are
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -35,10 +37,11 @@ demo_model() {
 choose_precision() {
   mkdir -p "$1"
   if [ ! -s "$1/precision" ]; then
-    "$python" "$code/model.py" --precision "$2" > "$1/precision.$$.tmp"
+    local new="$1/precision.$HOSTNAME.$$.tmp"
+    "$python" "$code/model.py" --precision "$2" > "$new"
     # Whoever was first has chosen; where there are no hard links, whoever was last.
-    ln "$1/precision.$$.tmp" "$1/precision" 2> /dev/null || [ -s "$1/precision" ] || mv "$1/precision.$$.tmp" "$1/precision"
-    rm -f "$1/precision.$$.tmp"
+    ln "$new" "$1/precision" 2> /dev/null || [ -s "$1/precision" ] || mv "$new" "$1/precision"
+    rm -f "$new"
   fi
   precision="--precision $(cat "$1/precision")"
 }
@@ -204,8 +207,8 @@ finish() {
   if ! finished "$folder"; then
     [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $precision $EXTRA || return
     rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
-    [ -e "$folder/eval.json" ] || attend "$python" "$code/evaluate.py" "$folder" $asked || return
-    finished "$folder" || attend "$python" "$code/probe.py" "$folder" --no-base || return
+    [ -e "$folder/eval.json" ] || attend $launch "$code/evaluate.py" "$folder" $asked || return
+    finished "$folder" || attend $launch "$code/probe.py" "$folder" --no-base || return
     echo "$folder" >> "$runs/finished.log" || return
     clean "$folder"
   fi
@@ -244,7 +247,7 @@ case "${1-}" in
   --demo) demo "${@:2}"; exit ;;
   --demo-model) demo_model; exit ;;
 esac
-usage() { sed -n '2,20s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
+usage() { sed -n '2,21s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case "$1" in
     --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered ;;

@@ -956,10 +956,11 @@ def memory_of_rank(config, ranks, precision, kept, load, gpu):
     else:  # has nothing to gather, but keeps what it has cast for the backward pass
         between = in_block = (n_params if kept.activations else embedding + head + block) * (size < master)
         sent, waiting = master + size, 0
-    gradients, leaves = 0, head  # those of earlier micro-batches; what is gathered no more once the head is done
-    if load.several:
-        whole = ranks > 1 and kept.weights and kept.gradients
-        gradients, leaves = 4 * n_params if whole else own_rows, 0 if kept.weights and not whole else head
+    gradients, head_sent, leaves = 0, sent, head  # leaves: weights that go as soon as the head is done
+    if load.several and ranks > 1 and kept.weights and kept.gradients:
+        gradients, head_sent = 4 * n_params, 4  # of earlier micro-batches, whole: there already
+    elif load.several:
+        gradients, leaves = own_rows, 0 if kept.weights else head
     moments = [
         # The head is gathered, and computes.
         {"gathered weights": (between + head * (ranks > 1)) * size, "activations": of_pass(*texts),
@@ -969,7 +970,7 @@ def memory_of_rank(config, ranks, precision, kept, load, gpu):
          "gradients": gradients},
         # The head's gradient is reduced.
         {"gathered weights": (between - leaves + (ranks > 1 and not kept.weights) * block) * size, "activations": most,
-         "gradients": gradients + int(head * sent)},
+         "gradients": gradients + int(head * head_sent)},
         # The last block's backward pass, with all that the others have kept for theirs.
         {"gathered weights": in_block * size, "activations": most + again,
          "gradients": max(gradients, head * master // ranks) + block * size + waiting},
@@ -1002,5 +1003,8 @@ if __name__ == "__main__":
         fail(error)
     except SaveError as error:
         fail(f"{error}; what was saved before is whole: make room, then go on with --resume", 1)
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory; give --reshard-after-forward, --checkpoint-activations or fewer --micro-tokens, or more "
+             "ranks: --dry-run RANKS says what each takes", 1)  # fmt: skip
     except OSError as error:  # a data folder that is full or may not be written
         fail(f"{error}; make room, or name a folder that may be written with --data-dir or --out", 1)

@@ -537,13 +537,17 @@ def llama_folder(part):
     return folder
 
 
+KEPT = {"all kept": "--no-checkpoint-activations --no-reshard-after-forward",
+        "weights gathered for each pass": "--no-checkpoint-activations --reshard-after-forward",
+        "and activations recomputed": "--checkpoint-activations --reshard-after-forward"}  # fmt: skip
+
+
 def memory_plan(part):
     """a step among 8 ranks"""
     folder, model = llama_folder(part), "8B" if part.device == "cuda" else "a small Llama"
-    for option in ("--no-checkpoint-activations", "--checkpoint-activations"):
-        kind = "recomputed" if option.startswith("--check") else "all activations kept"
-        dry_run = [sys.executable, ROOT / "train.py", "--stage", "1", "--mix", "random", "--model", folder, "--data-dir", KIT / "data", option,
-                   "--precision", "bf16-mixed", "--dry-run", str(PLAN_RANKS)]  # fmt: skip
+    for kind, options in KEPT.items():
+        dry_run = [sys.executable, ROOT / "train.py", "--stage", "1", "--mix", "random", "--model", folder, "--data-dir", KIT / "data",
+                   *options.split(), "--precision", "bf16-mixed", "--dry-run", str(PLAN_RANKS)]  # fmt: skip
         # Status 2 says that disk or memory do not suffice; the figures are there all the same.
         try:
             said = subprocess.run(list(map(str, dry_run)), cwd=part.folder, capture_output=True, text=True, timeout=max(1, part.left()))
@@ -554,14 +558,14 @@ def memory_plan(part):
             raise RuntimeError(f"train.py --dry-run: {said.stderr.strip()}")
         planned, libraries = map(float, memory.groups())
         answer = part.folder / "step.json"
-        part.run(TESTS / "gpu.py", "as-rank-of-8", answer, part.device, folder, option, part.sizes.shapes)
+        part.run(TESTS / "gpu.py", "as-rank-of-8", answer, part.device, folder, options, part.sizes.shapes)
         found = json.loads(answer.read_text())
         figure = (f"planned {planned:.1f} GB, {libraries:.1f} of it for libraries; allocated {found['allocated']:.1f}, reserved {found['reserved']:.1f}, "
                   f"in use on the device {found['used']:.1f}; loss {found['loss']:.2f}")  # fmt: skip
         # What the allocator only keeps, it gives back where memory is short; what CUDA and the libraries take comes on top.
         needed = found["allocated"] + found["used"] - found["reserved"]
-        fits = needed <= planned and found["allocated"] >= 0.75 * (planned - libraries)
-        yield f"{model}, a rank of 8, {kind}: memory within the plan and at least 75% of it", figure, fits and math.isfinite(found["loss"])
+        fits = needed <= planned and found["allocated"] >= 0.85 * (planned - libraries)
+        yield f"{model}, a rank of 8, {kind}: memory within the plan and at least 85% of it", figure, fits and math.isfinite(found["loss"])
         figure = f"{found['ms']:.0f} ms, {found['tokens']} tokens; the device idle {100 * max(0, 1 - found['busy'] / found['ms']):.0f}% of it; {found['waits']:.0f} waits of the host, {found['waited']:.1f} ms"
         yield f"{model}, a rank of 8, {kind}: a step without communication", figure, None
         if found["shapes"]:
@@ -570,12 +574,12 @@ def memory_plan(part):
             yield f"{model}, a new shape of a batch (mean of {part.sizes.shapes}), which is why model.py leaves cuDNN's attention out", figure, None
 
 
-def rank_of_8(device, folder, option, n_shapes):
+def rank_of_8(device, folder, options, n_shapes):
     """One rank's step among 8 that are not there: memory at its fullest, time, and what its profile says."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     sys.argv = ["train.py", "--stage", "1", "--mix", "random", "--model", folder, "--data-dir", str(KIT / "data"), "--precision", "bf16-mixed",
-                option]  # fmt: skip
+                *options.split()]  # fmt: skip
     args = train.parse_args()
     config = Config.from_folder(folder)
     examples, _ = train.encode_stage(args, [], load_tokenizer(folder))
@@ -589,7 +593,7 @@ def rank_of_8(device, folder, option, n_shapes):
             sizes.append(sum(map(len, rows)) - common_prefix_len(rows) * (len(rows) - 1))
         return max((size, k % PLAN_RANKS) for k, size in enumerate(sizes))
 
-    order = [[examples[i] for i in batch] for _, batch in batches(len(examples), args.batch_size, 1, args.seed)]
+    order = [[examples[i] for i in batch] for _, batch in batches(len(examples), args.batch_size, args.epochs, args.seed)]
     largest = max(order, key=fullest)
     dist.init_process_group("fake", store=FakeStore(), rank=fullest(largest)[1], world_size=PLAN_RANKS)
     if device == "cuda":
@@ -597,7 +601,8 @@ def rank_of_8(device, folder, option, n_shapes):
         free, total = torch.cuda.mem_get_info()
         assert total - free < 2e9, f"{(total - free) / 1e9:.1f} GB of the GPU are another's: its memory cannot be measured"
     before = resident_memory()
-    model = train.build_sharded(config, torch.device(device), args.precision, args.checkpoint_activations)
+    kept = train.Kept(not args.checkpoint_activations, not args.reshard_after_forward)
+    model = train.build_sharded(config, torch.device(device), args.precision, kept)
     optimizer = train.AdamW(model.parameters())
     keep_own_rows(model)
     torch.manual_seed(0)
@@ -623,7 +628,7 @@ def rank_of_8(device, folder, option, n_shapes):
         times.append(1000 * (time.perf_counter() - began))
     tokens = sum(len(example.ids) for batch in order[3:8] for example in batch) // (5 * PLAN_RANKS)
     found |= {"loss": loss, "ms": statistics.median(times), "tokens": tokens} | profile(device, lambda: [step(batch) for batch in order[8:11]], 3)
-    return found | {"shapes": new_shapes(model, device, int(n_shapes)) if option.startswith("--no") else None}
+    return found | {"shapes": new_shapes(model, device, int(n_shapes)) if options == KEPT["all kept"] else None}
 
 
 def keep_own_rows(model):
