@@ -38,6 +38,7 @@ from model import (
 )
 from train import (
     MICRO_TOKENS, AdamW, batches, build_sharded, count_answer_tokens, keep_freed_memory, learning_rate, train_step,
+    use_large_pages,
 )
 
 TOP_K = 10  # section 5
@@ -52,6 +53,7 @@ def main():
         Config.from_folder(path)
     device, rank, _ = setup_device()
     if device.type == "cpu" and (args.gradients or args.recover):
+        use_large_pages()
         keep_freed_memory()
     if args.gradients:
         measure_gradients(args, stages, device, rank)

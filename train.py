@@ -378,7 +378,7 @@ def main(penalty=None):
 
     device, rank, world = setup_device()
     if device.type == "cpu":
-        keep_freed_memory()
+        use_large_pages()
     if args.deterministic:
         be_deterministic()
     say = print if rank == 0 else lambda *_: None
@@ -413,8 +413,10 @@ def main(penalty=None):
     # Nothing here draws random numbers and an epoch's order depends on the seed alone: a run's position is its step.
     position, files = load_state(state, manifest, settings) if state else (Position(), None)
     micro_tokens = args.micro_tokens or MICRO_TOKENS[device.type]
-    load = measure_load(args, examples, micro_tokens, world)
-    kept = choose_kept(args, config, load, world, device.type == "cuda", min(all_gather(whole_memory(device))))
+    load, room = measure_load(args, examples, micro_tokens, world), min(all_gather(whole_memory(device)))
+    kept, taken = choose_kept(args, config, load, world, device.type == "cuda", room)
+    if device.type == "cpu" and 2 * sum(taken.values()) < room:
+        keep_freed_memory()
     model = build_sharded(config, device, args.precision, kept, args.compile)
     optimizer = AdamW(model.parameters())
     if state:
@@ -658,12 +660,16 @@ def check_retention(model, tokenizer, facts):
     return accuracies
 
 
-def keep_freed_memory():
-    """Have glibc keep what is freed between steps, and take large tensors in large pages.
+def use_large_pages():
+    """Have PyTorch take large tensors in large pages: a tenth of a CPU step. To be called before the first tensor."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-    The kernel would zero it again, page by page: each is a tenth of a CPU step. To be called before the first tensor.
+
+def keep_freed_memory():
+    """Have glibc keep what is freed between steps, which the kernel would zero again: a tenth of a CPU step.
+
+    It leaves gaps: of two ranks with a block of 7B's sizes each took half as much again.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch's allocator
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -822,8 +828,10 @@ def plan(args, config, lineage, tokenizer):
         """What so many ranks would have to do, what each would keep, and what it would take, also with other options."""
         options = argparse.Namespace(**vars(args) | changes)
         load = measure_load(options, examples, micro_tokens, ranks)
-        kept = choose_kept(options, config, load, ranks, gpu, whole)
-        return load, kept, memory_of_rank(config, ranks, options.precision, kept, load, gpu)
+        return load, *choose_kept(options, config, load, ranks, gpu, whole)
+
+    def fits(**changes):
+        return sum(need(**changes)[-1].values()) <= room
 
     load, kept, parts = need()
     taken = sum(parts.values())
@@ -850,10 +858,10 @@ def plan(args, config, lineage, tokenizer):
         thrifty, less = "--checkpoint-activations --reshard-after-forward", "--precision bf16"
         options = {"checkpoint_activations": True, "reshard_after_forward": True}
         ways = {thrifty: options, less: {"precision": "bf16"}, f"{thrifty} {less}": options | {"precision": "bf16"}}
-        fitting = [way for way, changes in ways.items() if sum(need(**changes)[2].values()) <= room]
+        fitting = [way for way, changes in ways.items() if fits(**changes)]
         fitting = fitting[:-1] or fitting  # all of them only where some are not enough
         more = [2**i for i in range(11) if 2**i > ranks] if gpu else []
-        enough = next((n for n in more if sum(need(ranks=n)[2].values()) <= room), None)
+        enough = next((n for n in more if fits(ranks=n)), None)
         fitting += [f"{enough} ranks"] * bool(enough)
         advice = "neither recomputing nor bf16 nor more ranks makes it fit"
         if fitting:
@@ -896,7 +904,7 @@ def measure_load(args, examples, micro_tokens, ranks):
 
 
 def choose_kept(args, config, load, ranks, gpu, room):
-    """The most that a rank can keep in `room` bytes of its own, but for what the options settle; the least if nothing fits."""
+    """(the most that a rank can keep in `room` bytes, or the least if nothing fits; its memory_of_rank), as options allow."""
     activations, weights = [True, False], [True, False]
     if args.checkpoint_activations is not None:
         activations = [not args.checkpoint_activations]
@@ -904,9 +912,10 @@ def choose_kept(args, config, load, ranks, gpu, room):
         weights = [not args.reshard_after_forward]
     # Computing again costs most, so it is the last thing to be done.
     for kept in itertools.starmap(Kept, itertools.product(activations, weights, [True, False])):
-        if sum(memory_of_rank(config, ranks, args.precision, kept, load, gpu).values()) <= USABLE * room:
+        taken = memory_of_rank(config, ranks, args.precision, kept, load, gpu)
+        if sum(taken.values()) <= USABLE * room:
             break
-    return kept
+    return kept, taken
 
 
 def said_of(kept, ranks):

@@ -168,6 +168,7 @@ def this_side(args, pad_to=None):
     if args.side != "ours":
         return Theirs(args.precision, pad_to=pad_to)
     setup_device()
+    train.use_large_pages()
     train.keep_freed_memory()
     return Ours(args.precision)
 
@@ -375,6 +376,7 @@ def growth_side(args):
     from model import Config, build_model, setup_device
 
     setup_device()
+    train.use_large_pages()
     train.keep_freed_memory()
     if args.what == "examples":
         tokenizer = load_tokenizer(MODEL)

@@ -214,6 +214,21 @@ def test_sigterm_loses_no_step(work, server, unbroken):
     assert outcome(out) == unbroken[1]
 
 
+def test_saved_by_the_clock(work, server, unbroken):
+    """With --save-every in minutes both ranks save when rank 0's clock says so, and a killed run goes on from there."""
+    out, options = work / "by-the-clock", ["--save-every", "0.001m"]
+    processes = start(server, work, *TRAIN, *options, "--out", out, ranks=2)
+    while not list(out.glob("state-*[0-9]")):
+        assert processes[0].is_alive()
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+    finish(processes, work)
+    statuses, output = train(server, work, *TRAIN, *options, "--out", out, "--resume", ranks=2)
+    assert statuses == [0, 0] and "goes on after step" in output, output
+    assert outcome(out) == unbroken[2]
+
+
 @pytest.mark.parametrize("penalty", ["l2", "kl"])
 def test_penalty_after_a_kill(work, server, unbroken, penalty):
     """A penalty to the weights that the stage started from, added from outside, means the same weights after kill -9 and --resume."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import GOLDEN, run, tiny_llama
+from safetensors.torch import load_file
 
 import probe
 from data import DataError, encode, encode_example, load_examples, load_tokenizer
@@ -234,6 +235,18 @@ def test_transplant_of_all_and_none(work):
     again = read(work / "one/two/transplant.json")
     assert again["windows"].pop(4)["accuracy"] == 100 and again["windows"] == result["windows"][:4] + result["windows"][5:]
     assert (work / "one/two/model.safetensors").read_bytes() == before and not (work / "one/two/transplant.part").exists()
+
+
+def test_transplant_from_memory_and_from_disk(work, one_rank):
+    """Parts of the other checkpoint are the same, and the model's own are back after them, whether memory holds both or one."""
+    mine, others = (load_file(work / folder / "model.safetensors") for folder in ("one/two", "one"))
+    names = {"model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"}
+    for other in (None, load_model(work / "one", torch.float32)):
+        model = load_model(work / "one/two", torch.float32)
+        with probe.parts_of(model, other, names, work / "one/two", work / "one"):
+            for name, param in model.named_parameters():
+                assert torch.equal(param, (others if name in names else mine)[name]), name
+        assert all(torch.equal(param, mine[name]) for name, param in model.named_parameters())
 
 
 def test_transplant_killed_twice(work, one_rank, monkeypatch):

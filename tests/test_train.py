@@ -1,5 +1,6 @@
 """train.py and evaluate.py as they are run: real processes, compared with a loop written out by hand."""
 
+import argparse
 import ast
 import json
 import math
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from data import EncodedExample, encode, encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
 from model import Config, faster_precision, load_model, save_model, setup_device
-from train import build_sharded, train_step, trained_examples
+from train import Every, build_sharded, train_step, trained_examples
 
 
 def metrics(folder):
@@ -71,7 +72,8 @@ def plain_loop(work, mix_weight=1, batch_size=5):
     ("accumulation", None, ["--micro-tokens", 200]),
     ("two ranks", 2, []),
     ("two ranks, accumulation", 2, ["--micro-tokens", 200]),
-    ("compiled and recomputed", None, ["--compile", "--checkpoint-activations"]),
+    ("four ranks, nothing kept", 4, ["--micro-tokens", 100, "--reshard-after-forward", "--checkpoint-activations"]),
+    ("compiled, recomputed, deterministic", None, ["--compile", "--checkpoint-activations", "--deterministic"]),
 ])  # fmt: skip
 def test_three_steps_equal_the_plain_loop(work, name, ranks, options):
     """Losses and weights of three steps are those of the hand-written loop, whatever the ranks and micro-batches."""
@@ -250,6 +252,8 @@ def test_loss_that_is_not_finite(work, ranks):
     (["--stage", 1, "--model", "models/tiny", "--num-examples", 3, "--mix", "pydoc", "--mix-weight", "equal", "--max-length", 70], "--mix-weight"),
     (["--stage", 1, "--model", "models/tiny", "--num-examples", 1, "--mix", "facts.jsonl", "--mix-ratio", 1, "--mix-weight", 0, "--max-length", 40], "--mix-weight"),
     (["--stage", 1, "--model", "models/tiny", "--precision", "fp8"], "--precision"),
+    (["--stage", 1, "--model", "models/tiny", "--save-every", "20s"], "--save-every"),
+    (["--stage", 1, "--model", "models/tiny", "--save-every", "nanm"], "--save-every"),
     (["--stage", 1, "--model", "models/tiny", "--out", "models/tiny"], "--out"),
     (["--stage", 1, "--model", "models/tiny", "--num-examples", 3, "--max-length", 5], "--max-length"),
 ])  # fmt: skip
@@ -276,7 +280,21 @@ def test_micro_batches(world):
     assert sorted(i for group in groups for i in group) == sorted(lengths)
     assert all(len(group) * max(lengths[i] for i in group) <= 256 for group in groups if len(group) > 1)
     assert len(groups) % world == 0
-    assert len(micro_batches({0: 9, 1: 5}, 256, world)) % world == 0
+    tokens = [sum(lengths[i] for group in groups[rank::world] for i in group) for rank in range(world)]
+    assert max(tokens) - min(tokens) <= max(lengths.values())
+    few = micro_batches({0: 9, 1: 5}, 256, world)
+    assert len(few) == world and sorted(map(sorted, few)) == [[]] * (world - 2) + [[0, 1]] * (world == 1) + [[0], [1]] * (world > 1)
+
+
+def test_when_to_save():
+    """A bare number means steps, one with m minutes, 0 never; other texts are refused."""
+    due = lambda text, step, seconds: Every.of(text).is_due(step, seconds)
+    assert due("250", 500, 0) and not due("250", 501, 1e9)
+    assert due("20m", 1, 1200) and not due("20m", 250, 1199) and due("0.5m", 1, 30)
+    assert not any(due(text, 250, 1e9) for text in ("0", "0m"))
+    for text in ("20s", "m", "-1", "-1m", "1.5", "infm", "nanm", ""):
+        with pytest.raises(argparse.ArgumentTypeError):
+            Every.of(text)
 
 
 def test_epochs_have_orders_of_their_own():
