@@ -190,7 +190,8 @@ def rotate(x, cos, sin):
 class Cache:
     """Keys and values of a batch of right-padded texts; slot s of a row holds its token at position s.
 
-    A row's new tokens overwrite its padding, so a row's result does not depend on the batch it is in.
+    A row's new tokens overwrite its padding, so a row's result does not depend on the batch it is in, but for the
+    roundings of products of another shape, which on a GPU may turn a close call.
     """
 
     def __init__(self, slots):
@@ -472,8 +473,9 @@ class Transformer(nn.Module):
         """Greedy continuation of prompts (lists of ids, any lengths): lists of new ids, without eos.
 
         eos_id may also be a set of ids, each of which ends an answer.
-        drafts: a guess at each answer, lists of ids. They change nothing but the time: one pass over prompts and drafts
-            tells up to where a draft is the greedy choice, and only from there is one token generated at a time.
+        drafts: a guess at each answer, lists of ids. They change nothing but the time (and roundings): one pass over
+            prompts and drafts tells up to where a draft is the greedy choice, and only from there is one token
+            generated at a time.
         prefix_len: how many ids, fewer than any prompt has, all prompts begin with; they go through the model once, and
             again only the time changes.
         stop(i, new ids): whether to give up the answer to prompts[i], of which these are the first ids.

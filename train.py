@@ -960,14 +960,15 @@ def memory_of_rank(config, ranks, precision, kept, load, gpu):
         between = n_params if kept.weights else embedding + head  # weights that are gathered between the passes
         in_block = n_params - head if kept.weights else embedding + 2 * block  # of which one is the next block's
         # A group's gradient as it came, in fp32 to be reduced, within gloo a second time, and this rank's rows of it.
-        sent = size + 4 * (1 + (not gpu) + 1 / ranks) + (master if master < 4 else 0) / ranks
+        reduced = 4 if gpu else 8
+        sent = size + reduced + 4 / ranks + (master if master < 4 else 0) / ranks
         waiting = 4 * (head or block)  # the one before
     else:  # has nothing to gather, but keeps what it has cast for the backward pass
         between = in_block = (n_params if kept.activations else embedding + head + block) * (size < master)
-        sent, waiting = master + size, 0
+        sent, reduced, waiting = master + size, 0, 0
     gradients, head_sent, leaves = 0, sent, head  # leaves: weights that go as soon as the head is done
     if load.several and ranks > 1 and kept.weights and kept.gradients:
-        gradients, head_sent = 4 * n_params, 4  # of earlier micro-batches, whole: there already
+        gradients, head_sent = 4 * n_params, reduced  # of earlier micro-batches, whole: there already
     elif load.several:
         gradients, leaves = own_rows, 0 if kept.weights else head
     moments = [
@@ -994,7 +995,7 @@ def memory_of_rank(config, ranks, precision, kept, load, gpu):
         "weights": own_rows,
         "moments": 2 * own_rows,
         **fullest,
-        "libraries": int(1.5e9 if gpu else 0.3e9),  # the CUDA context and NCCL's buffers; on a CPU Python and PyTorch
+        "libraries": int(1.5e9 if gpu else 0.4e9),  # the CUDA context and NCCL's buffers; on a CPU Python and PyTorch
     }
 
 
