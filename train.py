@@ -56,37 +56,6 @@ USABLE = 0.9  # of a GPU's memory: the allocator leaves gaps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, for each weight
 
 
-def mix_weight(text):
-    """--mix-weight's value: "equal" or a number."""
-    with contextlib.suppress(ValueError):
-        if text == "equal" or 0 <= float(text) < math.inf:
-            return text if text == "equal" else float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 on nor equal")
-
-
-@dataclass(frozen=True)
-class Every:
-    """--save-every's value: so many steps or minutes lie between two saves; none where both are 0."""
-
-    steps: int = 0
-    minutes: float = 0.0
-
-    @classmethod
-    def of(cls, text):
-        with contextlib.suppress(ValueError):
-            if text.endswith("m") and 0 <= float(text[:-1]) < math.inf:
-                return cls(minutes=float(text[:-1]))
-            if int(text) >= 0:
-                return cls(steps=int(text))
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor minutes like 20m")
-
-    def is_due(self, step, seconds):
-        """Whether to save after this step, so many seconds after the last save."""
-        if self.steps:
-            return step % self.steps == 0
-        return 0 < self.minutes * 60 <= seconds
-
-
 def parse_args():
     parser = Parser(description="Train one stage.")
 
@@ -234,23 +203,13 @@ def trained_examples(batch, mix_weight):
 # ---------------------------------------------------------------- the model and its step
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a rank keeps in memory where it has the room, because making it again takes time."""
-
-    activations: bool = True  # for the backward pass; or else each block's input alone, and the rest is computed again
-    weights: bool = True  # once gathered, until the step's last backward pass; or else each pass gathers them
-    gradients: bool = True  # whole, until the last micro-batch has added its own; or else each micro-batch reduces them
-
-
-THRIFTY = Kept(False, False, False)
-
-
-def build_sharded(config, device, precision="bf16-mixed", kept=THRIFTY, compile=False, shard=None):
+def build_sharded(config, device, precision="bf16-mixed", kept=None, compile=False, shard=None):
     """A model with room for this rank's share of its weights, which are still to be loaded.
 
-    precision and compile are train.py's options. shard: whether by FSDP, as over several ranks it always is.
+    precision and compile are train.py's options; kept: what its ranks keep, nothing unless told otherwise.
+    shard: whether by FSDP, as over several ranks it always is.
     """
+    kept = kept or Kept(False, False, False)
     world = dist.get_world_size()
     shard = world > 1 if shard is None else shard
     model = build_model(config, torch.bfloat16 if precision == "bf16" else torch.float32, "meta" if shard else device)
@@ -280,17 +239,9 @@ def build_sharded(config, device, precision="bf16-mixed", kept=THRIFTY, compile=
     return model
 
 
-def starting_model(path, config, device, precision):
-    """The model that a stage starts from (theta_A), frozen, and shared out over the ranks as the trained one is."""
-    model = build_sharded(config, device, precision)
-    load_weights(model, path)
-    model.register_forward_hook(lambda *_: reshard(model))  # no backward pass will
-    return model.requires_grad_(False)
-
-
 @dataclass
 class StepLoss:
-    """A batch over all ranks: the mean of `losses` over answer tokens, D_M's counting mix_weight, and what came with it."""
+    """A batch over all ranks: the mean of `losses` over answer tokens, D_M's counting mix_weight, and its gradient."""
 
     loss: float  # with a penalty where there is one
     losses: dict  # {source: mean loss of its answer tokens}, of the sources that the batch has
@@ -343,19 +294,6 @@ def train_step(model, batch, micro_tokens, mix_weight=1.0, penalty=None, signals
     by_source, told = sums[: len(SOURCES)], sums[len(SOURCES) :]
     losses = {source: summed / counts[source] for source, summed in zip(SOURCES, by_source) if counts[source]}
     return StepLoss(total / n_tokens + penalized, losses, dict(counts), math.sqrt(squares), [n > 0 for n in told])
-
-
-def hold(model, more):
-    """Have the next backward pass of a sharded model leave what is kept of weights and gradients for more micro-batches."""
-    if is_sharded(model):
-        model.set_reshard_after_backward(not (more and model.keep_gathered))
-        model.set_requires_gradient_sync(not (more and model.keep_gradients))
-
-
-@torch.no_grad()
-def gradient_norm(model):
-    """Length of what this rank holds of the gradient in the parameters, a scalar tensor; 0 where there is none."""
-    return torch.nn.utils.get_total_norm([local(param.grad) for param in model.parameters() if param.grad is not None])
 
 
 def main(penalty=None):
@@ -440,7 +378,7 @@ def main(penalty=None):
                 log.write(json.dumps(row) + "\n")
 
     def signals():
-        """What all ranks must know at a step's end: of SIGTERM in any of them, and by rank 0's clock that a save is due."""
+        """What all ranks must know of each other: SIGTERM in any of them, and by rank 0's clock that a save is due."""
         due = args.save_every.is_due(position.step + 1, time.perf_counter() - saved)
         return [bool(terminated), rank == 0 and due]
 
@@ -579,7 +517,49 @@ def announce(say, args, counts, examples, total, where):
         f"{args.precision}, {where}")  # fmt: skip
 
 
+# ---------------------------------------------------------------- values of options
+
+
+def mix_weight(text):
+    """--mix-weight's value: "equal" or a number."""
+    with contextlib.suppress(ValueError):
+        if text == "equal" or 0 <= float(text) < math.inf:
+            return text if text == "equal" else float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 on nor equal")
+
+
+@dataclass(frozen=True)
+class Every:
+    """--save-every's value: so many steps or minutes lie between two saves; none where both are 0."""
+
+    steps: int = 0
+    minutes: float = 0.0
+
+    @classmethod
+    def of(cls, text):
+        with contextlib.suppress(ValueError):
+            if text.endswith("m") and 0 <= float(text[:-1]) < math.inf:
+                return cls(minutes=float(text[:-1]))
+            if int(text) >= 0:
+                return cls(steps=int(text))
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor minutes like 20m")
+
+    def is_due(self, step, seconds):
+        """Whether to save after this step, so many seconds after the last save."""
+        if self.steps:
+            return step % self.steps == 0
+        return 0 < self.minutes * 60 <= seconds
+
+
 # ---------------------------------------------------------------- what a step needs
+
+
+def starting_model(path, config, device, precision):
+    """The model that a stage starts from (theta_A), frozen, and shared out over the ranks as the trained one is."""
+    model = build_sharded(config, device, precision)
+    load_weights(model, path)
+    model.register_forward_hook(lambda *_: reshard(model))  # no backward pass will
+    return model.requires_grad_(False)
 
 
 @dataclass
@@ -619,6 +599,20 @@ def collate(batch, micro_tokens, device):
     return parts
 
 
+def hold(model, more):
+    """Have a sharded model's next backward pass leave what it keeps of weights and gradients to more micro-batches."""
+    if is_sharded(model):
+        model.set_reshard_after_backward(not (more and model.keep_gathered))
+        model.set_requires_gradient_sync(not (more and model.keep_gradients))
+
+
+@torch.no_grad()
+def gradient_norm(model):
+    """Length of what this rank holds of the gradient in the parameters, a scalar tensor; 0 where there is none."""
+    gradients = [param.grad for param in model.parameters()]
+    return torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients if gradient is not None])
+
+
 class AdamW:
     """PyTorch's fused AdamW in its functional form: torch.optim's classes import the compiler, two seconds a start."""
 
@@ -630,13 +624,13 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, grad_norm=0.0):
-        """An update by this rank's rows of the gradient, which is cut to length 1 where its length grad_norm is above."""
+        """An update by this rank's rows of the gradient, whose length grad_norm is cut to 1 where it is more."""
         of_all = lambda key: [self.state[param][key] for param in self.params]
         weights, gradients = [local(param) for param in self.params], [local(param.grad) for param in self.params]
         # Divided by in the update itself: cutting costs no pass over the gradients.
         length = torch.full((), max(1.0, grad_norm + 1e-6), device=weights[0].device)
-        adamw(weights, gradients, *map(of_all, MOMENTS), [], of_all("step"), fused=True, grad_scale=length, amsgrad=False,
-              maximize=False, beta1=0.9, beta2=0.95, lr=self.lr, weight_decay=0.0, eps=1e-8)  # fmt: skip
+        adamw(weights, gradients, *map(of_all, MOMENTS), [], of_all("step"), fused=True, grad_scale=length,
+              amsgrad=False, maximize=False, beta1=0.9, beta2=0.95, lr=self.lr, weight_decay=0.0, eps=1e-8)  # fmt: skip
 
     def zero_grad(self):
         for param in self.params:
@@ -821,11 +815,13 @@ def plan(args, config, lineage, tokenizer):
     total = args.epochs * math.ceil(len(examples) / args.batch_size)
     n_params = sum(param.numel() for param in build_model(config, torch.float32).parameters())
     micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if gpu else "cpu"]
-    whole = args.gpu_memory * 1e9 if args.gpu_memory else whole_memory(device) // (1 if gpu else ranks)
-    room = whole if gpu else free_memory(device) // ranks  # without GPUs all ranks are taken to share this machine's
+    # Without GPUs all ranks are taken to share this machine's memory.
+    share = 1 if gpu else int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / ranks
+    whole = args.gpu_memory * 1e9 if args.gpu_memory else whole_memory(device) * share
+    room = whole if gpu else free_memory(device) * share
 
     def need(ranks=ranks, **changes):
-        """What so many ranks would have to do, what each would keep, and what it would take, also with other options."""
+        """(what so many ranks would have to do, what each would keep, and would take), also with other options."""
         options = argparse.Namespace(**vars(args) | changes)
         load = measure_load(options, examples, micro_tokens, ranks)
         return load, *choose_kept(options, config, load, ranks, gpu, whole)
@@ -875,6 +871,15 @@ def plan(args, config, lineage, tokenizer):
         raise DataError(f"{args.model}: {'; '.join(problems)}")
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a rank keeps in memory where it has the room, because making it again takes time."""
+
+    activations: bool = True  # for the backward pass; or else each block's input alone, and the rest is computed again
+    weights: bool = True  # once gathered, until the step's last backward pass; or else each pass gathers them
+    gradients: bool = True  # whole, until the last micro-batch has added its own; or else each micro-batch reduces them
+
+
 @dataclass
 class Load:
     """What the steps of a stage ask of the ranks."""
@@ -885,7 +890,7 @@ class Load:
 
 
 def measure_load(args, examples, micro_tokens, ranks):
-    """The Load of a stage. Its balance counts each example's tokens in full, as if no start were shared, but no padding."""
+    """The Load of a stage; its balance counts all tokens of an example, as if no start were shared, and no padding."""
     load, fullest, all_tokens = Load(set(), False, 1.0), 0, 0
     for _, indices in batches(len(examples), args.batch_size, args.epochs, args.seed):
         batch = trained_examples([examples[i] for i in indices], args.mix_weight)
@@ -893,18 +898,18 @@ def measure_load(args, examples, micro_tokens, ranks):
         load.several = load.several or len(groups) > ranks
         tokens = [0] * ranks
         for place, group in enumerate(groups):
-            rows = [batch[i].ids for i in group] or [[0]]
-            repeated = common_prefix_len(rows) * (len(rows) - 1)
-            whole, answers = sum(map(len, rows)), sum(batch[i].n_supervised for i in group)
-            load.micro_batches.add((whole - repeated, len(rows) * max(map(len, rows)), answers))
-            tokens[place % ranks] += whole
+            rows, answers = [batch[i].ids for i in group], sum(batch[i].n_supervised for i in group)
+            if rows:
+                whole, repeated = sum(map(len, rows)), common_prefix_len(rows) * (len(rows) - 1)
+                load.micro_batches.add((whole - repeated, len(rows) * max(map(len, rows)), answers))
+                tokens[place % ranks] += whole
         fullest, all_tokens = fullest + max(tokens), all_tokens + sum(tokens)
     load.balance = fullest * ranks / all_tokens
     return load
 
 
 def choose_kept(args, config, load, ranks, gpu, room):
-    """(the most that a rank can keep in `room` bytes, or the least if nothing fits; its memory_of_rank), as options allow."""
+    """(the most that a rank can keep in `room` bytes, the least if nothing fits, as options allow; what it takes)."""
     activations, weights = [True, False], [True, False]
     if args.checkpoint_activations is not None:
         activations = [not args.checkpoint_activations]
@@ -925,7 +930,8 @@ def said_of(kept, ranks):
         return said
     if not kept.weights:
         return f"{said}, weights gathered for each pass"
-    return f"{said}, weights gathered once a step" + ("" if kept.gradients else ", gradients reduced with each micro-batch")
+    reduced = "" if kept.gradients else ", gradients reduced with each micro-batch"
+    return f"{said}, weights gathered once a step{reduced}"
 
 
 def memory_of_rank(config, ranks, precision, kept, load, gpu):
@@ -979,8 +985,8 @@ def memory_of_rank(config, ranks, precision, kept, load, gpu):
         {"gathered weights": between * size, "activations": of_pass(*texts), "logits": answers * V * 12,
          "gradients": gradients},
         # The head's gradient is reduced.
-        {"gathered weights": (between - leaves + (ranks > 1 and not kept.weights) * block) * size, "activations": most,
-         "gradients": gradients + int(head * head_sent)},
+        {"gathered weights": (between - leaves + (ranks > 1 and not kept.weights) * block) * size,
+         "activations": most, "gradients": gradients + int(head * head_sent)},
         # The last block's backward pass, with all that the others have kept for theirs.
         {"gathered weights": in_block * size, "activations": most + again,
          "gradients": max(gradients, head * master // ranks) + block * size + waiting},
@@ -1014,7 +1020,7 @@ if __name__ == "__main__":
     except SaveError as error:
         fail(f"{error}; what was saved before is whole: make room, then go on with --resume", 1)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; give --reshard-after-forward, --checkpoint-activations or fewer --micro-tokens, or more "
+        fail("out of GPU memory; give --reshard-after-forward, --checkpoint-activations, fewer --micro-tokens or more "
              "ranks: --dry-run RANKS says what each takes", 1)  # fmt: skip
     except OSError as error:  # a data folder that is full or may not be written
         fail(f"{error}; make room, or name a folder that may be written with --data-dir or --out", 1)
