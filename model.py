@@ -357,7 +357,7 @@ class Packed:
         return cls(kept.flatten().nonzero().flatten(), places, places[:, prefix_len:] - prefix_len)
 
     def to(self, device):
-        return Packed(self.kept.to(device), self.places.to(device), self.own.to(device))
+        return Packed(*[to_device(tensor, device) for tensor in (self.kept, self.places, self.own)])
 
     def pack(self, x):
         """(B, T) or (B, T, C) -> (1, N) or (1, N, C)."""
@@ -393,7 +393,8 @@ class Transformer(nn.Module):
         self.rope_frequencies = rope_frequencies(config)
         self.compute_dtype = None  # of activations, where it is not the weights'
         self.checkpoint_activations = False  # keep each block's input alone, and compute the rest again
-        self.keep_gathered = False  # a sharded block's weights, from its forward to its backward pass
+        # What a sharded model keeps from one pass to the next: gathered weights; whole gradients, not yet reduced.
+        self.keep_gathered = self.keep_gradients = False
 
     def forward(self, ids, labels=None, return_hidden=False, logit_positions=None, cache=None, positions=None,
                 packed=None):  # fmt: skip
@@ -585,7 +586,7 @@ def generation_mode(model):
     masters = {param: param.data for param in model.parameters()} if casts else {}
     for param in masters:
         param.data = param.data.to(model.compute_dtype)
-    gathers_once = is_sharded(model) and not model.keep_gathered and fits_gathered(model)
+    gathers_once = is_sharded(model) and not model.keep_gathered and fits_beside(model)
     for block in model.model.layers if gathers_once else []:
         block.set_reshard_after_forward(False)
     # Lengths change with every token: nothing to compile for.
@@ -722,24 +723,34 @@ def reshard(model):
             module.reshard()
 
 
-def fits_gathered(model):
-    """Whether every rank has room for all weights of a sharded model; a fifth is left for keys and values of questions."""
+def fits_beside(model):
+    """Whether every rank has room for all weights of such a model more, and a quarter for keys and values of questions."""
     weight = next(model.parameters())
     size = (model.compute_dtype or weight.dtype).itemsize * sum(param.numel() for param in model.parameters())
-    return not any_rank(size > 0.8 * free_memory(weight.device), weight.device)
+    return not any_rank(1.25 * size > free_memory(weight.device), weight.device)
+
+
+def whole_memory(device):
+    """Bytes of a rank's GPU, or its share of this machine's: as many in every run, whatever else is at work."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or none that limits
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def free_memory(device):
     """Bytes that this process can still take: of its GPU, or its share of what this machine has left."""
+    whole = whole_memory(device)
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    try:
+    with contextlib.suppress(OSError):  # not Linux
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         left = int(lines["MemAvailable"].split()[0]) * 1024
-    except OSError:  # not Linux: what it has at all
-        left = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return left // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(whole, left // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return whole
 
 
 def end_process_group():
@@ -828,7 +839,7 @@ def _copy_weights(model, path, only):
                 raise CheckpointError(f"{where[name]}: tensor {name} has shape {shapes}; copy both from one checkpoint")
         first, last = local_rows(param)
         step = max(1, READ_BYTES[param.device.type] // (4 * math.prod(param.shape[1:])))
-        extremes = []
+        extremes, same = [], []
         for start in range(first, last, step):
             end = min(last, start + step)
             with _open_shard(where[name]) as shard:  # what was mapped goes when it closes
@@ -838,11 +849,12 @@ def _copy_weights(model, path, only):
             if tied_head and name == "model.embed_tokens.weight":
                 with _open_shard(where[tied_head]) as shard:
                     head = to_device(shard.get_slice(tied_head)[start:end], param.device)
-                    if not torch.equal(head.to(param.dtype), local(param)[start - first : end - first]):
-                        raise CheckpointError(f"{where[tied_head]}: {tied_head} is not the embedding, though config.json ties them; set tie_word_embeddings to false")
+                    same.append((head.to(param.dtype) == local(param)[start - first : end - first]).all())
         # Looked at once a tensor: a GPU is not waited for with each piece.
         if extremes and not torch.stack(extremes).isfinite().all():
             raise CheckpointError(f"{where[name]}: tensor {name} holds NaN or infinity: the file is damaged, copy it again")
+        if same and not torch.stack(same).all():
+            raise CheckpointError(f"{where[tied_head]}: {tied_head} is not the embedding, though config.json ties them; set tie_word_embeddings to false")
 
 
 def to_device(tensor, device):
@@ -936,7 +948,8 @@ def save_model(model, path, dtype=None):
     with raise_on_all_ranks():
         if writer:
             path.mkdir(parents=True, exist_ok=True)
-            for old in [path / MANIFEST, path / index, *path.glob("model*.safetensors")]:  # of a model saved here before
+            # Of a model saved here before, or not to its end.
+            for old in [path / MANIFEST, path / index, *path.glob("model*.safetensors"), *path.glob("model*.safetensors.*.tmp")]:
                 old.unlink(missing_ok=True)
     digests = {}
     for file, names in zip(files, shards):

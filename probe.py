@@ -33,12 +33,12 @@ from evaluate import (
     read_rows, resolve_precision,
 )
 from model import (
-    PRECISIONS, CheckpointError, Config, any_rank, check_saved, compute_dtype, end_process_group, fail, free_memory,
+    PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, end_process_group, fail, fits_beside,
     generation_mode, load_model, load_weights, local, setup_device, temporary_name, write_json,
 )
 from train import (
-    MICRO_TOKENS, AdamW, batches, build_sharded, count_answer_tokens, keep_freed_memory, learning_rate, train_step,
-    use_large_pages,
+    MICRO_TOKENS, AdamW, Kept, batches, build_sharded, count_answer_tokens, keep_freed_memory, learning_rate,
+    train_step, use_large_pages,
 )
 
 TOP_K = 10  # section 5
@@ -115,7 +115,9 @@ def first_facts(args, path, lineage):
 
 def sharded(path, precision, device):
     """A checkpoint's model as train.py holds it: over all ranks, each with its rows of the weights."""
-    model = build_sharded(Config.from_folder(path), device, precision)
+    # No plan is made here, and a GPU may hold several gradients beside: activations are kept on a CPU alone.
+    kept = Kept(activations=device.type == "cpu", weights=False)
+    model = build_sharded(Config.from_folder(path), device, precision, kept)
     load_weights(model, path)
     return model
 
@@ -489,12 +491,11 @@ def transplant(args, path, lineage, device, rank):
     tokenizer = load_tokenizer(path)
     precision = resolve_precision(args.precision, path, lineage, device.type)
     model = load_model(path, compute_dtype(precision), device)
-    size = sum(param.numel() * param.element_size() for param in model.parameters())
-    if any_rank(1.25 * size > free_memory(device), device):  # a fifth is left for keys and values of questions
+    if fits_beside(model):
+        other = load_model(args.transplant, compute_dtype(precision), device)
+    else:
         other = None
         check_saved(args.transplant)
-    else:
-        other = load_model(args.transplant, compute_dtype(precision), device)
     parts = split_parts(model, args.grid)
     file, part = Path(path) / "transplant.json", Path(path) / "transplant.part"
     header = {"other": args.transplant, "precision": precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}

@@ -18,7 +18,7 @@
 # PYTHON names the interpreter; without it, .venv's is taken if there is one. LAUNCH="torchrun --nproc_per_node 8" trains, asks
 # and probes on 8 GPUs.
 set -euo pipefail
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # seconds for a save before torchrun kills, otherwise 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # seconds that torchrun (2.13) leaves a save, else 30
 code=$(cd "$(dirname "$0")" && pwd)
 [ -n "${HERE-}" ] || cd "$code"  # HERE: stay where the data, models and runs are
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}

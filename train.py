@@ -45,7 +45,7 @@ from model import (
     MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,
     build_model, end_process_group, fail, free_memory, generation_mode, is_sharded, load_weights, local, local_rows,
     raise_on_all_ranks, reshard, rows_of, save_model, setup_device, temporary_name, to_device, verify, weights_dtype,
-    weights_sample_sha256, write_json, write_tensors, writing,
+    weights_sample_sha256, whole_memory, write_json, write_tensors, writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -206,10 +206,10 @@ def trained_examples(batch, mix_weight):
 def build_sharded(config, device, precision="bf16-mixed", kept=None, compile=False, shard=None):
     """A model with room for this rank's share of its weights, which are still to be loaded.
 
-    precision and compile are train.py's options; kept: what its ranks keep, nothing unless told otherwise.
+    precision and compile are train.py's options; kept: what its ranks keep, activations alone unless told otherwise.
     shard: whether by FSDP, as over several ranks it always is.
     """
-    kept = kept or Kept(False, False, False)
+    kept = kept or Kept(weights=False)
     world = dist.get_world_size()
     shard = world > 1 if shard is None else shard
     model = build_model(config, torch.bfloat16 if precision == "bf16" else torch.float32, "meta" if shard else device)
@@ -288,7 +288,7 @@ def train_step(model, batch, micro_tokens, mix_weight=1.0, penalty=None, signals
         penalized += penalty().detach()
     # All that ranks have to tell each other goes with the loss, and reading it is a GPU step's one wait.
     told = to_device(torch.tensor(signals(), dtype=torch.float64), device)
-    sums = torch.cat([torch.stack([total, penalized, gradient_norm(model).double().square()]), by_source, told])
+    sums = torch.cat([torch.stack([total, penalized, squared_length(model)]), by_source, told])
     dist.all_reduce(sums)
     total, penalized, squares, *sums = sums.tolist()
     by_source, told = sums[: len(SOURCES)], sums[len(SOURCES) :]
@@ -300,7 +300,7 @@ def main(penalty=None):
     """One stage, from its options to a finished checkpoint.
 
     penalty(model, batch, reference) is called in each step as train_step says; reference() is the model as the stage
-    began (theta_A), loaded when first asked for.
+    began (theta_A), loaded when first asked for. What it takes is not in the plan.
     """
     args = parse_args()
     config, lineage = Config.from_folder(args.model), read_lineage(args.model)
@@ -607,10 +607,13 @@ def hold(model, more):
 
 
 @torch.no_grad()
-def gradient_norm(model):
-    """Length of what this rank holds of the gradient in the parameters, a scalar tensor; 0 where there is none."""
-    gradients = [param.grad for param in model.parameters()]
-    return torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients if gradient is not None])
+def squared_length(model):
+    """Of what this rank holds of the gradient in the parameters, a scalar tensor, fp64; 0 where there is none."""
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=model.model.embed_tokens.weight.device)
+    lengths = torch._foreach_norm([local(gradient) for gradient in gradients], 2, dtype=torch.float32)
+    return torch.stack(lengths).double().square().sum()
 
 
 class AdamW:
@@ -1003,13 +1006,6 @@ def memory_of_rank(config, ranks, precision, kept, load, gpu):
         **fullest,
         "libraries": int(1.5e9 if gpu else 0.4e9),  # the CUDA context and NCCL's buffers; on a CPU Python and PyTorch
     }
-
-
-def whole_memory(device):
-    """Bytes of a rank's GPU, or its share of this machine's: as many in every run, whatever else is at work."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,18 @@ def test_collectives_of_a_retention_check(kept):
         assert found.counts["_allgather_base_"] == groups + (0 if kept.weights else len(model.model.layers))
 
 
+def test_micro_batches_are_sent_without_waiting(monkeypatch):
+    """All that goes to a GPU for a micro-batch goes by to_device, from pinned memory, so that the step before goes on meanwhile."""
+    sent = []
+    for module in (train, model_module):
+        monkeypatch.setattr(module, "to_device", lambda tensor, device: sent.append(tensor.clone()) or sent[-1])
+    batch = [EncodedExample(str(row), [3, 4, 5, 6 + row], [-100, -100, 5, 6 + row], "own") for row in range(3)]
+    with among(1):
+        (part,) = train.collate(batch, 16384, CPU)
+    tensors = [value for holder in (part, part.packed) for value in vars(holder).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 8 and all(any(tensor is other for other in sent) for tensor in tensors)
+
+
 # ---------------------------------------------------------------- memory
 
 
