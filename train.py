@@ -823,16 +823,16 @@ def plan(args, config, lineage, tokenizer):
     whole = args.gpu_memory * 1e9 if args.gpu_memory else whole_memory(device) * share
     room = whole if gpu else free_memory(device) * share
 
+    load_of = functools.cache(functools.partial(measure_load, args, examples, micro_tokens))
+
     def need(ranks=ranks, **changes):
-        """(what so many ranks would have to do, what each would keep, and would take), also with other options."""
-        options = argparse.Namespace(**vars(args) | changes)
-        load = measure_load(options, examples, micro_tokens, ranks)
-        return load, *choose_kept(options, config, load, ranks, gpu, whole)
+        """(what each of so many ranks would keep, and would take), also with other options."""
+        return choose_kept(argparse.Namespace(**vars(args) | changes), config, load_of(ranks), ranks, gpu, whole)
 
     def fits(**changes):
-        return sum(need(**changes)[-1].values()) <= room
+        return sum(need(**changes)[1].values()) <= room
 
-    load, kept, parts = need()
+    kept, parts = need()
     taken = sum(parts.values())
     of = "a GPU" if gpu else "a rank"
     folder = next(parent for parent in [Path(args.out).resolve(), *Path(args.out).resolve().parents] if parent.exists())
@@ -847,31 +847,35 @@ def plan(args, config, lineage, tokenizer):
     print(f"data: {len(examples)} examples, {tokens} tokens an epoch, at most {total} steps and "
           f"{args.epochs * tokens} tokens")  # fmt: skip
     if ranks > 1:
-        print(f"balance: the rank with most to do has {load.balance:.2f} times the tokens of the mean, over all steps")
+        balance = load_of(ranks).balance
+        print(f"balance: the rank with most to do has {balance:.2f} times the tokens of the mean, over all steps")
     summands = " + ".join(f"{what} {gb(size)}" for what, size in parts.items() if size)
     print(f"memory {of}: {gb(taken)} GB = {summands}")
     print(f"disk: checkpoint {gb(checkpoint)} GB, state {gb(state)} GB; at most {gb(disk)} GB, {gb(free)} GB are free "
           f"for {args.out}")  # fmt: skip
     problems = []
     if taken > room:
-        thrifty, less = "--checkpoint-activations --reshard-after-forward", "--precision bf16"
-        options = {"checkpoint_activations": True, "reshard_after_forward": True}
-        ways = {thrifty: options, less: {"precision": "bf16"}, f"{thrifty} {less}": options | {"precision": "bf16"}}
-        fitting = [way for way, changes in ways.items() if fits(**changes)]
-        fitting = fitting[:-1] or fitting  # all of them only where some are not enough
         more = [2**i for i in range(11) if 2**i > ranks] if gpu else []
-        enough = next((n for n in more if fits(ranks=n)), None)
-        fitting += [f"{enough} ranks"] * bool(enough)
-        advice = "neither recomputing nor bf16 nor more ranks makes it fit"
-        if fitting:
-            advice = f"what would fit: {', '.join(fitting)}"
-        problems.append(f"{gb(taken)} GB needed for {of}, {gb(room)} GB there; {advice}")
+        problems.append(f"{gb(taken)} GB needed for {of}, {gb(room)} GB there; {what_fits(fits, more)}")
     if disk > free:
         less = ", or --save-every 0" if saves and checkpoint + state <= free else ""
         problems.append(f"{gb(disk)} GB needed on disk, {gb(free)} GB free for {args.out}; make room, or give another "
                         f"--out{less}")  # fmt: skip
     if problems:
         raise DataError(f"{args.model}: {'; '.join(problems)}")
+
+
+def what_fits(fits, more):
+    """Which other options would do, and the first of the larger numbers of ranks `more`; fits(**changes) tries one."""
+    thrifty, less = "--checkpoint-activations --reshard-after-forward", "--precision bf16"
+    options = {"checkpoint_activations": True, "reshard_after_forward": True}
+    ways = {thrifty: options, less: {"precision": "bf16"}, f"{thrifty} {less}": options | {"precision": "bf16"}}
+    fitting = [way for way, changes in ways.items() if fits(**changes)]
+    fitting = fitting[:-1] or fitting  # all of them only where some are not enough
+    fitting += [f"{ranks} ranks" for ranks in itertools.islice((n for n in more if fits(ranks=n)), 1)]
+    if not fitting:
+        return "neither recomputing nor bf16 nor more ranks makes it fit"
+    return f"what would fit: {', '.join(fitting)}"
 
 
 @dataclass(frozen=True)
@@ -937,6 +941,15 @@ def said_of(kept, ranks):
     return f"{said}, weights gathered once a step{reduced}"
 
 
+def activations_of_block(config, size, gpu, tokens, padded):
+    """Bytes that a block keeps for its backward pass, of tokens once packed and once padded; size: of a number."""
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    # Both norms' input in fp32, their quotient and their output; the output projection's input and four of the MLP.
+    token = 2 * config.hidden_size * (4 + 2 * size) + size * (queries + 4 * config.intermediate_size)
+    attended = size * (queries * (1 + gpu) + 2 * keys)  # q, k, v, on a GPU the attention's output
+    return tokens * token + padded * attended
+
+
 def memory_of_rank(config, ranks, precision, kept, load, gpu):
     """{what: bytes} at the fullest moment of a step."""
     model = build_model(config, torch.float32)
@@ -948,22 +961,15 @@ def memory_of_rank(config, ranks, precision, kept, load, gpu):
     size = 4 if precision == "fp32" else 2  # bytes of a number in the forward pass
     own_rows = n_params * master // ranks
 
-    # Of a block a token leaves for the backward pass: both norms' input in fp32, their quotient and their output ...
-    C, I, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # ... the output projection's input and four of the MLP; and once padded q, k, v, on a GPU the attention's output.
-    token = 2 * C * (4 + 2 * size) + size * (queries + 4 * I)
-    attended = size * (queries * (1 + gpu) + 2 * keys)
-
-    def of_block(tokens, padded):
-        return tokens * token + padded * attended
+    of_block = functools.partial(activations_of_block, config, size, gpu)
 
     def of_pass(tokens, padded):
-        return layers * (of_block(tokens, padded) if kept.activations else tokens * C * size)
+        return layers * (of_block(tokens, padded) if kept.activations else tokens * config.hidden_size * size)
 
     most = max(of_pass(*texts) for *texts, _ in load.micro_batches)
     again = 0 if kept.activations else max(of_block(*texts) for *texts, _ in load.micro_batches)
-    *texts, answers = max(load.micro_batches, key=lambda part: of_pass(*part[:2]) + 12 * part[2] * V)
+    vocabulary = config.vocab_size
+    *texts, answers = max(load.micro_batches, key=lambda part: of_pass(*part[:2]) + 12 * part[2] * vocabulary)
 
     if ranks > 1:
         between = n_params if kept.weights else embedding + head  # weights that are gathered between the passes
@@ -983,9 +989,9 @@ def memory_of_rank(config, ranks, precision, kept, load, gpu):
     moments = [
         # The head is gathered, and computes.
         {"gathered weights": (between + head * (ranks > 1)) * size, "activations": of_pass(*texts),
-         "logits": answers * V * size, "gradients": gradients},
+         "logits": answers * vocabulary * size, "gradients": gradients},
         # The logits in fp32, their softmax, its gradient.
-        {"gathered weights": between * size, "activations": of_pass(*texts), "logits": answers * V * 12,
+        {"gathered weights": between * size, "activations": of_pass(*texts), "logits": answers * vocabulary * 12,
          "gradients": gradients},
         # The head's gradient is reduced.
         {"gathered weights": (between - leaves + (ranks > 1 and not kept.weights) * block) * size,
