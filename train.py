@@ -872,7 +872,10 @@ def what_fits(fits, more):
     ways = {thrifty: options, less: {"precision": "bf16"}, f"{thrifty} {less}": options | {"precision": "bf16"}}
     fitting = [way for way, changes in ways.items() if fits(**changes)]
     fitting = fitting[:-1] or fitting  # all of them only where some are not enough
-    fitting += [f"{ranks} ranks" for ranks in itertools.islice((n for n in more if fits(ranks=n)), 1)]
+    for ranks in more:
+        if fits(ranks=ranks):
+            fitting.append(f"{ranks} ranks")
+            break
     if not fitting:
         return "neither recomputing nor bf16 nor more ranks makes it fit"
     return f"what would fit: {', '.join(fitting)}"
