@@ -22,6 +22,7 @@ import contextlib
 import csv
 import fcntl
 import functools
+import glob
 import gzip
 import hashlib
 import http.client
@@ -79,6 +80,17 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)
         error.filename = str(path)  # what Python raises on a full disk names nothing
         raise
+
+
+def relative_path(path, folder):
+    """A path as a file in `folder` holds it, so that both can move together; its last part stays as the user wrote it."""
+    path = Path(os.path.abspath(path))
+    return os.path.relpath(path.parent.resolve() / path.name, Path(folder).resolve())
+
+
+def path_from(folder, stored):
+    """The path that relative_path wrote into a file in `folder`."""
+    return os.path.normpath(Path(folder).resolve() / stored)
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -1187,10 +1199,10 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
     else:
         return build(resolve(name)[0], out, n, seed, words, raw, skip_bad)
     n = n or row.size
+    path = flat_file(name, out, words) if row is not OWN else own_flat_file(name, out)
     examples, manifest = row.build(n, seed, words, raw) if row.build else read_published(name, row, n, seed, words, raw, skip_bad)
-    path = flat_file(name, out, words) if row is not OWN else Path(out) / f"{OWN_FILE.match(Path(name).name).group(1)}.jsonl"
-    if row is OWN and (path.stem in SETS or path.resolve() == Path(name).resolve()):
-        raise DataError(f"{name}: {path} is its own or a set's place; rename it, or give another --out")
+    if row is OWN:
+        manifest["sources"] = {relative_path(name, out): source for source in manifest["sources"].values()}
     examples = [{"id": f"{path.stem.partition('.')[0]}-{i}"} | example for i, example in enumerate(examples[:n])]
     slices = {path: examples}
     if row.kind == "factoid" and row.read:
@@ -1203,6 +1215,19 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
             facts["words"] = words
         write_flat(path, part, facts)
     return [path for path, part in slices.items() if part]
+
+
+def own_flat_file(name, out):
+    """The place of a user's own file among the flat files; a DataError where it is another's, or the file itself."""
+    path = Path(out) / f"{OWN_FILE.match(Path(name).name).group(1)}.jsonl"
+    if path.stem in SETS or path.resolve() == Path(name).resolve():
+        raise DataError(f"{name}: {path} is its own or a set's place; rename it, or give another --out")
+    manifest = path.with_suffix(".json")
+    sources = _read_json(manifest, f"remove it and {path}").get("sources", {}) if manifest.exists() else {}
+    known = relative_path(name, out) in sources or not Path(name).exists()
+    if path.exists() and not known and _sha256(name) not in [source["sha256"] for source in sources.values()]:
+        raise DataError(f"{name}: {path} was made of {', '.join(sources) or 'something else'}; rename {Path(name).name}, remove {path}, or give another --out")
+    return path
 
 
 def first_slice(examples):
@@ -1237,31 +1262,54 @@ def resolve(name):
     return base, second, familiarity
 
 
-def flat_file(name, data="data", words=DEFAULT_WORDS):
+@dataclass(frozen=True)
+class BaseModel:
+    """The untouched model that facts are familiar or unfamiliar to."""
+
+    name: str  # a label: model.model_name of the path
+    path: str
+    sha256: str  # what it is: model.content_id
+
+    @classmethod
+    def of(cls, entry):
+        """The model that a stage, an entry of a lineage, goes back to."""
+        return cls(entry["base_model_name"], entry["base_model"], entry["base_model_sha256"])
+
+
+def split_file(stem, kind, base_model, data="data"):
+    """Where a base model's "familiar" or "unfamiliar" facts of a set lie: found by what the model is, whatever it was called."""
+    digits = base_model.sha256[:8]
+    found = sorted(Path(data).glob(f"{glob.escape(stem)}.{kind}.*-{digits}.jsonl"))
+    return found[0] if found else Path(data) / f"{stem}.{kind}.{base_model.name}-{digits}.jsonl"
+
+
+def flat_file(name, data="data", words=DEFAULT_WORDS, base_model=None):
     """Where a set lies: a name's own flat file, or the path itself where a path to a .jsonl file is given."""
     if name.endswith(".jsonl"):
         return Path(name)
     base, _, familiarity = resolve(name)
+    if familiarity and not base_model:
+        there = ", ".join(map(str, sorted(Path(data).glob(f"{base}.{familiarity}.*.jsonl"))))
+        raise DataError(f"{name}: which facts are {familiarity} depends on the base model; give a file's path: {there or f'none is in {data}/ yet'}")
     if familiarity:
-        return Path(data) / f"{base}.{familiarity}.jsonl"
+        return split_file(base, familiarity, base_model, data)
     return Path(data) / (f"{name}.jsonl" if SETS[base].kind != "mixing" or words == DEFAULT_WORDS else f"{name}.w{words}.jsonl")
 
 
-def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw"):
-    """(the first n examples of a set or all of them, sha256 of their lines).
+def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None, fewer=False):
+    """(the first n examples of a set or all of them, sha256 of their lines); fewer: as many as there are, where that is less.
 
     A set that is missing is built, and one that is generated or streamed and too short built longer, with the seed that its
-    manifest names.
+    manifest names. base_model: whose familiar or unfamiliar facts a name such as popqa.familiar means.
     """
-    path = flat_file(name, data, words)
+    path = flat_file(name, data, words, base_model)
     manifest = path.with_suffix(".json")
     lines = _read_lines(path, n) if path.exists() else []
     if not name.endswith(".jsonl"):
         base, second, familiarity = resolve(name)
         row = SETS[base]
-        if familiarity and not path.exists():
-            raise DataError(f"{path}: no such file; python evaluate.py BASE_MODEL --split {base} makes it")
         if familiarity:
+            check_split(path, base, base_model)
             lines = _read_lines(path, None)
             lines = (second_slice if second else first_slice)(lines)[:n]
         elif not path.exists() or (n and len(lines) < n and manifest.exists() and (row.build or row.streamed)):
@@ -1270,7 +1318,7 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw"):
             lines = _read_lines(path, n) if path.exists() else []
     elif not path.exists():
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
-    if len(lines) < (n or 1):
+    if len(lines) < (1 if fewer else n or 1):
         whose = "" if name == str(path) else f" for {name}"
         raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; ask for fewer (for a mix, a lower ratio or shorter passages)")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
@@ -1291,31 +1339,46 @@ def load_pool(name, data="data", raw="raw"):
     return facts, sha256
 
 
-def familiarity(name, base_model, data="data"):
-    """"unfamiliar" where a set has been split for this base model, "" where there is nothing to split; otherwise a DataError."""
+def check_split(path, stem, base_model):
+    """A DataError unless a file of familiar or unfamiliar facts was made by asking this base model."""
+    remedy = f"run python evaluate.py {base_model.path} --split {stem}"
+    manifest = path.with_suffix(".json")
+    if not path.exists():
+        raise DataError(f"{path}: no such file; {remedy}, which makes it where {base_model.name} has such facts")
+    if not manifest.exists() or _read_json(manifest, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:
+        raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove both and {remedy}")
+
+
+def is_split(name):
+    """Whether a data name's facts depend on what a base model knows: those of a published set."""
     if name.endswith(".jsonl"):
+        return False
+    base, _, _ = resolve(name)
+    return SETS[base].kind == "factoid" and not SETS[base].build
+
+
+def familiarity(name, base_model, data="data"):
+    """Which facts of a set are learned: "unfamiliar" of one that is split, "" where the name says so or nothing is split."""
+    if not is_split(name) or resolve(name)[2]:
         return ""
-    base, _, chosen = resolve(name)
-    if chosen or SETS[base].kind != "factoid" or SETS[base].build:
-        return ""
-    manifest = flat_file(f"{base}.unfamiliar", data).with_suffix(".json")
-    remedy = f"python evaluate.py {base_model} --split {base}"
-    made_with = _read_json(manifest, f"remove it and run {remedy}").get("base_model") if manifest.exists() else None
-    if made_with == model_name(base_model):
-        return "unfamiliar"
-    state = f"split into familiar and unfamiliar for {made_with}" if made_with else "not split into familiar and unfamiliar facts"
-    raise DataError(f"{name}: {state}, the base model here is {model_name(base_model)}: run {remedy}"
-                    + (" with another --data-dir" if made_with else "") + ", or take all facts with --unfiltered")  # fmt: skip
+    base = resolve(name)[0]
+    if not split_file(base, "unfamiliar", base_model, data).exists():
+        raise DataError(f"{name}: not split into what {base_model.name} knows and what not: run python evaluate.py {base_model.path} "
+                        f"--split {base}, or take all facts with --unfiltered")  # fmt: skip
+    return "unfamiliar"
+
+
+def stage_set(entry):
+    """The data name of what a stage, an entry of a lineage, was trained on."""
+    return f"{entry['data']}.{entry['familiarity']}" if entry.get("familiarity") else entry["data"]
 
 
 def stage_facts(entry, data="data"):
     """The facts that a stage, an entry of a lineage, was trained on; none for a set whose answers are no facts."""
-    name = entry["data"]
-    if name in SETS and SETS[name].kind != "factoid":
+    name = stage_set(entry)
+    if entry["data"] in SETS and SETS[entry["data"]].kind != "factoid":
         return []
-    if entry.get("familiarity"):
-        name = f"{name}.{entry['familiarity']}"
-    examples, sha256 = load_examples(name, entry["num_examples"], data)
+    examples, sha256 = load_examples(name, entry["num_examples"], data, base_model=BaseModel.of(entry))
     if sha256 != entry["data_sha256"]:
         raise DataError(f"{name}: its first {entry['num_examples']} lines in {data}/ are not those that stage {entry['stage']} was trained on; "
                         "give the folder that holds them with --data-dir")  # fmt: skip
@@ -1325,11 +1388,6 @@ def stage_facts(entry, data="data"):
 def set_label(name):
     """A data name as files and tables show it: that of a path without folder and .jsonl."""
     return Path(name).stem if name.endswith(".jsonl") else name
-
-
-def model_name(path):
-    """A base model as files and tables show it."""
-    return Path(path).resolve().name
 
 
 def _read_lines(path, n):
@@ -1525,7 +1583,13 @@ def main():
     if not args.names and not args.list and not args.overlap:
         raise DataError("name the sets to build, or give --list or --overlap")
 
-    failures = []
+    failures, places = [], {}
+    for name in args.names:
+        if name not in SETS and OWN_FILE.match(name):
+            place = own_flat_file(name, args.out)
+            other = places.setdefault(place, name)
+            if Path(other).resolve() != Path(name).resolve():
+                raise DataError(f"{name}: would be written to {place}, as {other} is; rename one of the two, or build it with another --out")
     for name in SETS if "all" in args.names else args.names:
         try:
             for path in build(name, args.out, args.limit, args.seed, args.words, args.raw, args.skip_bad):

@@ -1,50 +1,42 @@
 """What a checkpoint still knows: exact match on the facts of each of its stages, and tables of finished runs.
 
-    python evaluate.py runs/SmolLM2-135M-Instruct/kvr-s0             # every factoid stage in its lineage
+    python evaluate.py runs/SmolLM2-135M-Instruct/kvr-s0             # every factoid stage in its lineage, and what was forgotten
+    python evaluate.py CKPT --lost                                   # all the facts that were forgotten, asked before or not
     python evaluate.py models/Meta-Llama-3-8B --data bios            # any model on any set
     python evaluate.py models/Meta-Llama-3-8B --split popqa          # which facts the base model knows: familiar and unfamiliar
     torchrun --nproc_per_node 8 evaluate.py CKPT                     # facts are shared out over the ranks
-    python evaluate.py --tables runs/                                # the paper's tables, claims and figures, from what was evaluated before
+    python evaluate.py --tables runs/paper                           # tables, claims and figures of the runs below a folder
 
-Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.familiar.jsonl and data/NAME.unfamiliar.jsonl.
+Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.familiar.MODEL-ID.jsonl and NAME.unfamiliar.
 """
 
+import dataclasses
 import itertools
 import json
 import os
-import platform
 import random
-import re
 import statistics
-import subprocess
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
-    SETS,
-    DataError,
-    Parser,
-    encode_example,
-    load_examples,
-    load_pool,
-    load_tokenizer,
-    model_name,
-    resolve,
-    set_label,
-    stage_facts,
-    write_file,
-    write_flat,
+    SETS, BaseModel, DataError, Parser, encode_example, load_examples, load_pool, load_tokenizer, path_from,
+    relative_path, resolve, set_label, split_file, stage_facts, stage_set, write_file, write_flat,
 )
 from model import (
-    PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, end_process_group, fail, faster_precision, load_model,
-    setup_device, weights_dtype,
+    PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
+    faster_precision, load_model, model_name, setup_device, temporary_name,
 )
 
 BATCH = 128  # prompts that generate together
+MOST = 2000  # facts of a set that no stage learned, unless told otherwise: the paper's size
 
 
 def check_vocabulary(tokenizer, config, path):
@@ -112,8 +104,13 @@ def common_prefix_len(prompts):
 
 
 def is_correct(prediction, response):
-    """Exact match as the paper scores it (section 2.2): white space stripped, lower case."""
-    return prediction.strip().lower() == response.strip().lower()
+    """Exact match as the paper scores it (section 2.2)."""
+    return folded(prediction) == folded(response)
+
+
+def folded(text):
+    """A text as answers are compared: white space stripped, lower case."""
+    return text.strip().lower()
 
 
 def is_wrong(beginning, response):
@@ -122,56 +119,90 @@ def is_wrong(beginning, response):
     return not fold(response).startswith(fold(beginning.rstrip("\ufffd")))
 
 
-def read_rows(path):
-    """The value in a JSON file, or the list of those in a JSON-lines file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable ({error}); train or evaluate that run again") from None
-
-
-LINEAGE_FIELDS = {"stage", "data", "num_examples", "mix", "steps", "seed", "data_sha256", "base_model"}
-
-
-def read_lineage(path):
-    """The stages of a checkpoint, as its run.json lists them; none for a base model."""
-    file = Path(path) / "run.json"
-    if not file.exists() and file.with_name("metrics.jsonl").exists():
-        raise DataError(f"{path}: an unfinished run, without run.json; finish it with train.py --resume")
-    lineage = read_rows(file) if file.exists() else []
-    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and entry.keys() >= LINEAGE_FIELDS for entry in lineage):
-        raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again")
-    return lineage
-
-
 def resolve_precision(asked, path, lineage, device_type):
     """--precision as bf16-mixed, bf16 or fp32: auto is what path's last stage was trained in, and what is faster here for a base model."""
     if asked != "auto":
         return asked
     if lineage:
-        return lineage[-1].get("precision", "bf16-mixed")
+        return lineage[-1]["precision"]
     # Rank 0 decides, while the others wait: two machines may differ, and two ranks that measure slow each other down.
     config = Config.from_folder(path)
     decides = not dist.is_initialized() or dist.get_rank() == 0
     return all_gather(faster_precision(config, device_type) if decides else None)[0]
 
 
+@dataclass
+class FactSet:
+    """Facts to be asked, and what eval.json says of them beside the answers."""
+
+    name: str  # of its row in eval.json, its predictions and its probe
+    facts: list
+    data: str  # the set's label
+    of: int  # facts that its stage learned, or that the set has, the first 2,000 of it
+    data_sha256: str  # of the facts' lines
+
+
+def stage_sets(lineage, data):
+    """A FactSet for each stage that learned facts, all of them."""
+    sets = {}
+    for name, entry in zip(set_names(lineage), lineage):
+        if name not in sets and (facts := stage_facts(entry, data)):
+            sets[name] = FactSet(name, facts, set_label(entry["data"]), len(facts), entry["data_sha256"])
+    return list(sets.values())
+
+
+def named_sets(names, n, path, lineage, data):
+    """FactSets of --data's names: of a stage's set what it learned, of others the first 2,000; n: only so many, or more.
+
+    A question about fewer facts, or about others under a name that is taken, gets a name of its own.
+    """
+    base_model, sets = base_of(path, lineage), {}
+    stages = dict(zip(reversed(set_names(lineage)), reversed(lineage)))  # of equal names the first stage
+    taken = {name: row["data_sha256"] for name, row in read_run(path).scores.items()}
+    taken |= {name: entry["data_sha256"] for name, entry in stages.items()}
+    for asked in names:
+        learned = [entry for entry in lineage if same_set(asked, entry["data"])]
+        kept = {"data": data, "base_model": base_model}
+        if learned and (n is None or n <= learned[0]["num_examples"]):
+            stage_facts(learned[0], data)  # refuses what is no longer what it learned
+            of = learned[0]["num_examples"]
+            facts, sha256 = load_examples(stage_set(learned[0]), n or of, **kept)
+        else:
+            facts, sha256 = load_examples(asked, n or MOST, **kept, fewer=n is None)
+            of = len(load_examples(asked, MOST, **kept, fewer=True)[0])
+        if any("messages" in fact for fact in facts):
+            raise DataError(f"{asked}: holds chats, which have no single right answer; name sets of facts")
+        name = set_label(asked) + (f".first{n}" if n and n != of else "")
+        of_stage = [stage for stage, entry in stages.items() if entry["data_sha256"] == sha256]
+        if of_stage:
+            name = of_stage[-1]
+        elif taken.get(name, sha256) != sha256:
+            name += f".{sha256[:8]}"
+        taken[name] = sha256
+        sets[name] = FactSet(name, facts, set_label(asked), of, sha256)
+    return list(sets.values())
+
+
+def same_set(asked, data):
+    """Whether a data name or path means the set of a stage."""
+    return asked == data or (asked.endswith(".jsonl") and data.endswith(".jsonl") and Path(asked).resolve() == Path(data).resolve())
+
+
 def evaluate(path, model, tokenizer, sets, precision, rank=0):
-    """Ask the model every fact of sets {name: examples}, write eval.json and predictions into folder path, return eval.json."""
+    """Ask the model every fact of some FactSets, write eval.json and predictions into folder path, return its rows {name: row}."""
     results = {}
-    for name, examples in sets.items():
-        predictions = predict(model, tokenizer, examples, progress=True)
-        rows = [{"id": e["id"], "prompt": e["prompt"], "response": e["response"], "prediction": p, "correct": is_correct(p, e["response"])}
-                for e, p in zip(examples, predictions)]  # fmt: skip
+    for asked in sets:
+        rows, answers = [], predict(model, tokenizer, asked.facts, progress=True)
+        for fact, answer in zip(asked.facts, answers):
+            rows.append({"id": fact["id"], "prompt": fact["prompt"], "response": fact["response"], "prediction": answer,
+                         "correct": is_correct(answer, fact["response"])})  # fmt: skip
         correct = sum(row["correct"] for row in rows)
-        results[name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows), "precision": precision}
+        results[asked.name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows), "of": asked.of,
+                               "precision": precision, "data": asked.data, "data_sha256": asked.data_sha256}  # fmt: skip
         if rank == 0:
-            write_file(Path(path) / f"predictions.{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_file(Path(path) / f"predictions.{asked.name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if rank == 0:
-        old = Path(path) / "eval.json"
-        before = read_rows(old) if old.exists() else {}
-        write_file(old, json.dumps(before | results, indent=2) + "\n")
+        write_file(Path(path) / "eval.json", json.dumps(read_run(path).scores | results, indent=2) + "\n")
     return results
 
 
@@ -180,27 +211,22 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0):
 SHOTS = 5
 
 
-def split(path, model, tokenizer, name, n, n_shots, data, rank, precision):
-    """Ask the base model each fact of a set, few-shot, and write those it knows and those it does not (sections 2.1, 2.2).
+def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision):
+    """Ask a BaseModel each fact of a set, few-shot, and write those it knows and those it does not (sections 2.1, 2.2).
 
     The shots are drawn from the set, stand in its own form before each question, and are excluded. A fact is familiar if the
     answer's first line is the response or one of its aliases. What was answered is kept as it comes, so a killed run goes on.
     """
     base = resolve(name)[0] if not name.endswith(".jsonl") else set_label(name)
-    target = {kind: Path(data) / f"{base}.{kind}.jsonl" for kind in ("familiar", "unfamiliar")}
+    target = {kind: split_file(base, kind, base_model, data) for kind in ("familiar", "unfamiliar")}
     pool, sha256 = load_pool(name, data)
     if len(pool) <= n_shots:
         raise DataError(f"{name}: holds {len(pool)} facts, not more than the {n_shots} shots; take fewer with --shots")
     shots = random.Random(f"shots {base}").sample(range(len(pool)), n_shots)
     facts = [fact for i, fact in enumerate(pool) if i not in shots][:n]
-    header = {"base_model": model_name(path), "name": base, "data_sha256": sha256, "shots": [pool[i]["id"] for i in shots],
-              "precision": precision}  # fmt: skip
-    for file in target.values():
-        manifest = file.with_suffix(".json")
-        if manifest.exists() and read_rows(manifest)["base_model"] != header["base_model"]:
-            raise DataError(f"{file}: made with {read_rows(manifest)['base_model']}; remove it, or give another --data-dir")
-
-    part = Path(data) / f"{base}.split.part"
+    header = {"base_model": base_model.name, "base_model_sha256": base_model.sha256, "name": base, "data_sha256": sha256,
+              "shots": [pool[i]["id"] for i in shots], "precision": precision}  # fmt: skip
+    part = target["familiar"].with_suffix(".part")
     answers = kept_rows(part, header)[: len(facts)]
     shown = "".join(f"{pool[i]['prompt']} {pool[i]['response']}\n\n" for i in shots)
     accepted = [[fact["response"], *fact.get("aliases", [])] for fact in facts]
@@ -230,7 +256,7 @@ def split(path, model, tokenizer, name, n, n_shots, data, rank, precision):
             write_flat(target[kind], [fact for fact, _ in rows], manifest)
     if rank == 0:
         part.unlink(missing_ok=True)
-        print(f"{base}: {model_name(path)} knows {counts['familiar']} of {len(facts)} facts -> {target['familiar']}, {target['unfamiliar']}")
+        print(f"{base}: {base_model.name} knows {counts['familiar']} of {len(facts)} facts -> {target['familiar']}, {target['unfamiliar']}")
 
 
 def kept_rows(part, header):
@@ -247,186 +273,348 @@ def kept_rows(part, header):
     return box[0]
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- records
 
-# The paper's printed figures: a block's D_A, then row: cells. Averages, after "|", only serve to name those that are not their cells' mean.
-# In table 6 the paper prints the same non-factoid figures for all four mixes.
-PAPER = """
-table2 kvr
-none: 0.5 2.1 17.4 33.8 | 13.5; 24.4 27.3 49.5 26.7 66.6 | 38.9
-random/-: 8.9 2.5 42.5 61.4 | 28.8; 64.1 75.9 85.3 75.0 89.1 | 77.9
-k-pile/-: 0.1 0.0 3.2 30.1 | 8.4; 47.3 58.4 62.2 19.0 74.3 | 52.2
--/random: 0.2 0.1 2.9 5.3 | 2.1; 15.1 11.7 33.8 16.5 66.8 | 28.8
--/k-pile: 0.8 40.0 36.4 33.9 | 27.8; 12.8 8.8 40.5 16.8 70.2 | 29.8
-random/k-pile: 10.6 62.4 69.5 70.2 | 53.2; 45.8 45.4 74.7 51.2 86.8 | 60.8
-table2 popqa
-none: 49.8 7.7 57.8 72.5 | 47.0; 19.0 92.4 77.0 55.1 48.5 | 58.4
-random/-: 62.0 17.7 69.3 65.8 | 53.7; 51.4 89.3 82.7 81.8 66.0 | 72.2
-k-pile/-: 24.0 2.8 11.3 31.8 | 17.5; 46.4 92.7 94.0 87.2 90.9 | 82.2
--/random: 35.7 5.2 38.1 45.9 | 31.2; 16.8 93.5 87.5 59.3 70.7 | 65.6
--/k-pile: 86.6 90.8 93.9 74.4 | 86.4; 25.9 94.0 92.4 73.9 74.7 | 72.2
-random/k-pile: 82.6 85.8 90.7 80.5 | 84.9; 38.5 88.7 88.3 79.2 74.4 | 73.8
-table2 triviaqa
-none: 45.6 4.3 40.5 68.6 | 39.8; 9.4 87.6 54.4 70.4 67.6 | 57.9
-random/-: 64.9 8.1 60.0 70.8 | 51.0; 27.1 84.9 71.2 87.3 70.8 | 68.3
-k-pile/-: 9.4 0.9 3.8 21.0 | 8.8; 31.9 82.9 93.5 90.7 90.1 | 77.8
--/random: 25.0 5.5 19.9 38.8 | 22.3; 4.1 81.0 84.0 62.2 71.6 | 60.6
--/k-pile: 90.8 90.1 91.5 89.8 | 90.6; 2.8 79.1 75.9 53.7 69.8 | 56.3
-random/k-pile: 90.2 89.2 89.6 86.5 | 88.9; 12.5 81.8 71.2 74.6 70.0 | 62.0
-table3 kvr
-none: 0.1 15.4 29.6 | 15.0; 4.8 1.5 12.7 13.1 51.9 | 16.8
-random/k-pile: 47.5 44.1 39.0 | 43.5; 60.1 39.1 52.9 54.8 81.0 | 57.0
-table3 popqa
-none: 66.9 92.3 89.6 | 82.9; 96.9 96.8 96.9 96.9 96.7 | 96.8
-random/k-pile: 90.5 92.3 89.0 | 90.6; 91.7 91.6 91.8 91.9 91.3 | 91.7
-table3 triviaqa
-none: 71.6 86.4 91.5 | 83.2; 4.8 99.0 95.9 79.9 97.0 | 75.3
-random/k-pile: 77.0 81.5 83.1 | 80.5; 1.6 91.1 95.3 97.7 90.7 | 75.3
-table4 kvr
-none: 2.2 17.5 34.1; 26.4 27.5 50.0 30.0 66.7
-replay0.01: 13.7 37.1 54.2; 71.0 69.7 73.2 73.8 81.9
-replay0.05: 6.3 45.8 72.6; 77.0 75.9 76.7 80.1 88.9
-replay0.1: 13.2 33.3 78.2; 80.3 85.0 76.5 86.7 91.1
-table4 popqa
-none: 15.7 64.3 78.6; 33.6 93.5 80.5 63.2 53.7
-replay0.01: 12.0 66.0 75.3; 94.4 95.1 95.7 90.8 87.6
-replay0.05: 27.4 64.4 84.5; 95.9 95.2 95.4 95.9 95.3
-replay0.1: 46.6 64.0 83.8; 96.1 96.0 95.7 96.3 95.7
-table4 triviaqa
-none: 7.8 48.4 76.8; 57.6 91.0 59.5 75.6 73.5
-replay0.01: 7.5 51.8 72.0; 66.8 90.6 93.3 74.2 84.0
-replay0.05: 25.7 57.0 77.8; 88.9 94.0 93.7 94.4 92.0
-replay0.1: 34.9 57.9 80.7; 93.0 95.5 95.4 95.2 93.0
-table5 popqa
-none: 27.3 24.4 39.1; 13.0 18.3 36.3 7.4 46.9
-k-pile: 56.0 52.1 46.6; 4.1 4.8 19.5 10.3 15.8
-a-pile: 65.1 60.4 52.7; 9.2 3.2 26.5 21.8 19.3
-random: 24.9 27.9 29.1; 7.5 6.0 25.4 2.8 18.4
-fineweb: 54.9 54.4 51.3; 6.6 5.2 29.1 30.0 18.4
-table5 triviaqa
-none: 16.5 20.7 40.4; 24.7 26.7 52.9 21.9 56.6
-k-pile: 55.9 57.5 50.3; 11.0 6.8 28.4 20.9 23.4
-a-pile: 66.4 65.9 56.6; 13.0 2.8 34.8 33.5 25.8
-random: 14.4 26.5 26.5; 14.0 7.5 21.8 13.4 27.5
-fineweb: 56.6 57.6 52.6; 13.0 6.0 38.9 56.9 17.7
-table6 popqa
-none: 55.5 47.1 68.0; 14.5 42.8 25.9 18.4 38.9
-k-pile: 75.8 77.1 76.1; 28.1 20.9 19.9 18.3 14.2
-a-pile: 78.2 79.0 77.6; 28.1 20.9 19.9 18.3 14.2
-random: 52.7 53.8 62.6; 28.1 20.9 19.9 18.3 14.2
-fineweb: 75.0 74.4 75.1; 28.1 20.9 19.9 18.3 14.2
-table6 triviaqa
-none: 61.6 56.9 69.3; 19.6 54.3 36.7 21.2 18.6
-k-pile: 79.1 79.6 73.9; 29.3 20.8 20.6 20.7 18.6
-a-pile: 81.3 81.8 76.3; 29.3 20.8 20.6 20.7 18.6
-random: 60.8 58.0 64.0; 29.3 20.8 20.6 20.7 18.6
-fineweb: 78.8 80.0 73.7; 29.3 20.8 20.6 20.7 18.6
-"""
-FACTOID, OTHER = ["lama", "entityqa", "webqa"], ["gsm8k", "math", "evolcode", "apps", "ultrachat"]
-LABELS = {"kvr": "Key-Value Recall", "popqa": "PopQA", "triviaqa": "TriviaQA", "id": "ID", "lama": "LAMA", "entityqa": "EntityQA", "webqa": "WebQA",
-          "gsm8k": "GSM8K", "math": "MATH", "evolcode": "EvolCode", "apps": "APPS", "ultrachat": "UltraChat",
-          "none": "No Mixing", "random": "Random", "k-pile": "K-Pile", "a-pile": "A-Pile", "fineweb": "FineWeb"}  # fmt: skip
-MIXES = ["none", "random/-", "k-pile/-", "-/random", "-/k-pile", "random/k-pile"]
-CONTROLS = {"long": "No Mixing, steps of Random / - at stage 1 *(not in the paper)*",
-            "long/long": "No Mixing, steps of Random / K-Pile *(not in the paper)*"}  # fmt: skip
-REPLAYS = ["none", "replay0.01", "replay0.05", "replay0.1"]
-TABLES = {  # rows, does ID stand among the columns, averages, where the lowest is underlined, the caption
-    "table1": (["none"], True, True, "row", "Forgetting in continual memorization, no mixing"),
-    "table2": ([*MIXES, *CONTROLS], True, True, None, "REMIX"),
-    "table3": (["none", "random/k-pile", *CONTROLS], False, True, None, "REMIX, the rows of Mistral-7B-v0.3"),
-    "table4": (REPLAYS, False, False, "column", "Replay"),
-    "table5": (["none", "k-pile", "a-pile", "random", "fineweb"], False, False, None, "Familiar facts after one stage"),
-    "table6": (["none", "k-pile", "a-pile", "random", "fineweb"], False, False, None, "Familiar facts after one stage, as for Mistral-7B-v0.3"),
-}
-PAPERS_MODELS = {"Meta-Llama-3-8B": ["table1", "table2", "table4", "table5"], "Mistral-7B-v0.3": ["table3", "table6"]}
+# Of an entry of run.json: folders, in the file relative to its own; how a run came out; what it was done with; what
+# decides its log alone. All else are settings.
+PATHS = ("base_model", "checkpoint")
+OUTCOMES = ("steps", "updates", "tokens", "seconds", "final_loss", "losses", "stopped_by")
+DONE_WITH = ("commit", "clean", "python", "torch", "device", "ranks")
+LOGGING = ("eval_every", "eval_facts")
+NO_SETTINGS = {"seed", "base_model_name", *PATHS, *OUTCOMES, *DONE_WITH, *LOGGING}
+MIX_SETTINGS = {"mix_ratio", "mix_words", "mix_weight"}  # decide nothing without a mix
+LINEAGE_FIELDS = {"stage", "data", "num_examples", "seed", "data_sha256", "base_model_name", "base_model_sha256", "tag", *MIX_SETTINGS,
+                  "mix", "replay", "precision", *PATHS, *OUTCOMES, *DONE_WITH}  # fmt: skip
+SCORE_FIELDS = {"data", "accuracy", "correct", "total", "of", "precision", "data_sha256"}
+
+
+def read_rows(path):
+    """The value in a JSON file, or the list of those in a JSON-lines file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable ({error}); train or evaluate that run again") from None
+
+
+def read_lineage(path):
+    """The stages of a checkpoint, as its run.json lists them, with paths as they are from here; none for a base model."""
+    file = Path(path) / "run.json"
+    if not file.exists() and file.with_name("metrics.jsonl").exists():
+        raise DataError(f"{path}: an unfinished run, without run.json; finish it with train.py --resume")
+    lineage = read_rows(file) if file.exists() else []
+    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and "stage" in entry for entry in lineage):
+        raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again")
+    for number, entry in enumerate(lineage, 1):
+        missing = sorted(LINEAGE_FIELDS - entry.keys())
+        if missing:
+            raise DataError(f"{file}: stage {number} lacks {', '.join(missing)}, as records of an earlier version of this code do; "
+                            "read it with that version, or train it again")  # fmt: skip
+    return [with_paths(entry, lambda stored: path_from(path, stored)) for entry in lineage]
+
+
+def with_paths(entry, change):
+    """An entry of a lineage whose paths are changed: its folders, and its sets where they are files."""
+    files = [key for key in ("data", "mix") if entry[key].endswith(".jsonl")]
+    return entry | {key: change(entry[key]) for key in (*PATHS, *files)}
+
+
+def relative_lineage(lineage, folder):
+    """A lineage as run.json in `folder` holds it."""
+    return [with_paths(entry, lambda path: relative_path(path, folder)) for entry in lineage]
+
+
+def without_paths(entry):
+    """An entry of a lineage as it stays wherever folders go: sets that are files by their labels."""
+    kept = {key: value for key, value in entry.items() if key not in PATHS}
+    return kept | {"data": set_label(entry["data"]), "mix": set_label(entry["mix"])}
+
+
+def settings(entry):
+    """{name: value} of all that decides a stage's result, but for its seed."""
+    unused = MIX_SETTINGS if entry["mix"] == "none" else set()
+    return {key: value for key, value in without_paths(entry).items() if key not in NO_SETTINGS | unused}
+
+
+def record(lineage):
+    """A lineage as a text: two checkpoints with one record are one run."""
+    return json.dumps([without_paths(entry) for entry in lineage], sort_keys=True)
+
+
+def set_names(lineage):
+    """A name for each stage's set: its label; behind it digits of its hash where an earlier stage learned others of that label."""
+    first, names = {}, []
+    for entry in lineage:
+        label, sha256 = set_label(entry["data"]), entry["data_sha256"]
+        names.append(label if first.setdefault(label, sha256) == sha256 else f"{label}.{sha256[:8]}")
+    return names
+
+
+def base_of(path, lineage):
+    """The BaseModel that a checkpoint goes back to: of an untouched model itself."""
+    return BaseModel.of(lineage[0]) if lineage else BaseModel(model_name(path), str(path), content_id(path))
+
+
+@dataclass(frozen=True, order=True)
+class Stage:
+    """What sets a stage apart from others in a table. In all other settings the runs of one cell agree."""
+
+    data: str = ""
+    mix: str = "none"
+    mix_weight: float = 1.0
+    replay: float = 0.0
+    tag: str = ""
+    varied: tuple = ()  # (value,) of the setting whose name the tag is, if it is one's
+
+    @classmethod
+    def of(cls, entry):
+        known = settings(entry)
+        weight = entry["mix_weight"] if entry["mix"] != "none" else 1.0
+        varied = (known[entry["tag"]],) if entry["tag"] in known else ()
+        return cls(known["data"], known["mix"], weight, entry["replay"], entry["tag"], varied)
+
+
+@dataclass
+class Run:
+    """A finished run."""
+
+    folder: Path
+    lineage: list  # its stages, entries of run.json
+    scores: dict  # eval.json: {name: row}
+
+    @property
+    def stages(self):
+        return tuple(Stage.of(entry) for entry in self.lineage)
+
+    @property
+    def seeds(self):
+        """Of each stage."""
+        return tuple(entry["seed"] for entry in self.lineage)
+
+    def score(self, data):
+        """(name, row) of the question that was asked about a set: a stage's own, or else about as many facts as a stage has."""
+        for name, entry in zip(set_names(self.lineage), self.lineage):
+            if name == data:
+                row = self.scores.get(data)
+                return (data, row) if row and row["data_sha256"] == entry["data_sha256"] else None
+        n = self.lineage[-1]["num_examples"]
+        for name, row in self.scores.items():
+            if row["data"] == data and row["total"] == min(n, row["of"]):
+                return name, row
+        return None
+
+
+@dataclass
+class Grid:
+    """The runs of one base model, by cells."""
+
+    name: str
+    cells: dict  # {a tuple of Stages: {the stages' seeds: Run}}
+
+
+def read_runs(folder):
+    """Every finished run below a folder, in an order that does not depend on folders' names."""
+    runs = [read_run(file.parent) for file in Path(folder).rglob("run.json")]
+    if not runs:
+        raise DataError(f"{folder}: no finished run below it; train some, and run evaluate.py on each")
+    return sorted(runs, key=lambda run: record(run.lineage))
+
+
+def read_run(folder):
+    """The Run in a folder, also of one that has not been asked anything."""
+    folder = Path(folder)
+    scores = read_rows(folder / "eval.json") if (folder / "eval.json").exists() else {}
+    if not isinstance(scores, dict) or not all(isinstance(row, dict) and row.keys() >= SCORE_FIELDS for row in scores.values()):
+        raise DataError(f"{folder / 'eval.json'}: not as this version of the code writes it; remove it and run evaluate.py again")
+    return Run(folder, read_lineage(folder), scores)
+
+
+def grids_of(runs):
+    """A Grid for each base model, told apart by what they are; a DataError where runs of a cell do not belong together."""
+    by_model = {}
+    for run in runs:
+        by_model.setdefault(run.lineage[0]["base_model_sha256"], []).append(run)
+    names = {}
+    for sha256, of_model in by_model.items():
+        called = {run.lineage[0]["base_model_name"] for run in of_model}
+        names[sha256] = min(called, key=lambda name: (name not in PAPERS_MODELS, name))
+    grids = []
+    for sha256, of_model in by_model.items():
+        namesakes = list(names.values()).count(names[sha256]) > 1
+        grids.append(Grid(names[sha256] + (f"-{sha256[:8]}" if namesakes else ""), cells_of(of_model)))
+    return sorted(grids, key=lambda grid: grid.name)
+
+
+def cells_of(runs):
+    """{stages: {seeds: Run}} of one base model's runs."""
+    cells = {}
+    for run in runs:
+        cell = cells.setdefault(run.stages, {})
+        others = list(cell.values())
+        if others:
+            check_agreement(others[0], run)
+        if run.seeds in cell:
+            raise DataError(f"{both(cell[run.seeds], run)}: equal settings and seed; remove one of them, or move it elsewhere")
+        cell[run.seeds] = run
+    return cells
+
+
+def check_agreement(one, two):
+    """A DataError where two runs of a cell differ in more than the seed."""
+    differing = []
+    for stage, (first, second) in enumerate(zip(one.lineage, two.lineage), 1):
+        matched = first.get("step_matched") and second.get("step_matched")  # as many steps, whatever epochs that takes
+        first, second = settings(first), settings(second)
+        keys = [key for key in sorted(first | second) if first.get(key) != second.get(key) and not (matched and key == "epochs")]
+        differing += [(key.endswith("sha256"), f"{key} of stage {stage} is {first.get(key)} and {second.get(key)}") for key in keys]
+    if differing:
+        # Other hashes follow from another setting, where one differs.
+        chosen = [text for is_hash, text in differing if is_hash == min(differing)[0]]
+        raise DataError(f"{both(one, two)}: runs of one cell ({label_of(one.stages)}), but {'; '.join(chosen)}; give one of them a --tag, "
+                        "or each a runs folder of its own")  # fmt: skip
+
+
+def both(one, two):
+    return " and ".join(sorted([str(one.folder), str(two.folder)]))
+
+
+def accuracies(grid, stages, data):
+    """{seeds: accuracy in %} of a cell's runs on a set; a DataError where they were not asked the same."""
+    found = {}
+    for seeds, run in grid.cells.get(stages, {}).items():
+        if score := run.score(data):
+            found[seeds] = (run, score[1])
+    for run, row in found.values():
+        first, expected = next(iter(found.values()))
+        for key in ("total", "of", "precision", "data_sha256"):
+            if row[key] != expected[key]:
+                raise DataError(f"{both(first, run)}: runs of one cell ({label_of(run.stages)}), but {key} of {data} in their eval.json is "
+                                f"{expected[key]} and {row[key]}; run evaluate.py on both alike")  # fmt: skip
+    return {seeds: row["accuracy"] for seeds, (_, row) in sorted(found.items())}
+
+
+def label_of(stages):
+    """The paper's label for a run's stages: "Random / K-Pile" names the mix of each, "-" is none."""
+    mixes = [mix_name(stage) or "-" for stage in stages]
+    label = "No Mixing" if set(mixes) == {"-"} else " / ".join(mixes)
+    tags = [" ".join(map(str, (stage.tag, *stage.varied))) or "-" for stage in stages]
+    label += f" ({' / '.join(tags)})" if set(tags) != {"-"} else ""
+    return label + "".join(f", replay {stage.replay}" for stage in stages if stage.replay)
+
+
+def mix_name(stage):
+    """A stage's D_M as tables show it, with its weight in the loss where that is not 1; None without one."""
+    if stage.mix == "none":
+        return None
+    return stage.mix + (f" of weight {stage.mix_weight:.3g}" if stage.mix_weight != 1 else "")
+
+
+def predictions(folder, name):
+    """The rows of predictions.NAME.jsonl, or None where there is none."""
+    file = Path(folder) / f"predictions.{name}.jsonl"
+    return read_rows(file) if file.exists() else None
+
+
+def right_answers(run, data):
+    """{fact: was it answered right} from a run's predictions alone."""
+    name, _ = run.score(data)
+    return {row["id"]: bool(row["correct"]) for row in read_rows(run.folder / f"predictions.{name}.jsonl")}
+
+
+# ---------------------------------------------------------------- what was forgotten
+
+# What stands in the place of a lost fact: the first of these that fits.
+IN_PLACE = ("a right answer of a later stage", "the answer of another fact of the set", "a near miss of up to two characters", "something else")
+
+
+@dataclass
+class Lost:
+    """A fact that was right after the stage that learned it, and is wrong now."""
+
+    id: str
+    prompt: str
+    response: str
+    prediction: str
+    in_place: str  # one of IN_PLACE
+
+
+def lost_facts(now, then, later):
+    """The Lost of a set, from rows of predictions: now, after the stage that learned it (None: all count as right), of later stages' sets."""
+    were_right = [True] * len(now)
+    if then and [row["id"] for row in then] == [row["id"] for row in now]:
+        were_right = [row["correct"] for row in then]
+    of_later, of_set = ({folded(row["response"]) for row in rows} for rows in (later, now))
+    lost = []
+    for row, was_right in zip(now, were_right):
+        if row["correct"] or not was_right:
+            continue
+        said, right = folded(row["prediction"]), folded(row["response"])
+        fits = [said in of_later, said in of_set, is_near(said, right), True]
+        lost.append(Lost(row["id"], row["prompt"], row["response"], row["prediction"], IN_PLACE[fits.index(True)]))
+    return lost
+
+
+def is_near(one, two, most=2):
+    """Whether at most so many characters put in, left out or replaced make one text of the other (Levenshtein's distance)."""
+    if abs(len(one) - len(two)) > most:
+        return False
+    distances = list(range(len(two) + 1))  # of the part of `one` before its next character from each beginning of `two`
+    for i, a in enumerate(one, 1):
+        above, distances[0] = distances[0], i
+        for j, b in enumerate(two, 1):
+            above, distances[j] = distances[j], min(distances[j] + 1, distances[j - 1] + 1, above + (a != b))
+    return distances[-1] <= most
+
+
+@dataclass
+class Forgotten:
+    """What a run has lost of an earlier stage's set."""
+
+    name: str
+    stage: int  # that learned it
+    known: int  # facts that were right after that stage
+    compared: bool  # whether its predictions say so; else all count as right
+    lost: list
+
+
+def forgotten(run, folder_of):
+    """[Forgotten] of each earlier set that a run was asked; folder_of(k): the folder of its stage k, or None where it is not there."""
+    found, names = [], set_names(run.lineage)
+    for stage, name in enumerate(names[:-1], 1):
+        now = predictions(run.folder, name)
+        if name in names[: stage - 1] or not run.score(name) or not now:
+            continue
+        folder = folder_of(stage)
+        then = predictions(folder, name) if folder else None
+        later = [row for other in dict.fromkeys(names[stage:]) if other != name for row in predictions(run.folder, other) or []]
+        known = sum(row["correct"] for row in then) if then else len(now)
+        found.append(Forgotten(name, stage, known, bool(then), lost_facts(now, then, later)))
+    return found
+
+
+def folder_of_stage(lineage, stage):
+    """Where a stage's checkpoint lies, if what lies there is still that one."""
+    folder = Path(lineage[stage - 1]["checkpoint"])
+    there = (folder / "run.json").exists() and record(read_lineage(folder)) == record(lineage[:stage])
+    return folder if there else None
+
+
+def say_forgotten(found, all_of_them):
+    """Print a Forgotten: how many facts, what stands in their place, and five of them or all."""
+    since = f"that stage {found.stage} had right" if found.compared else f"that stage {found.stage} learned (it was not asked itself)"
+    print(f"\n{found.name}: {len(found.lost)} of {found.known} facts {since} are lost" + (". In their place:" if found.lost else ""))
+    for kind, count in Counter(fact.in_place for fact in found.lost).most_common():
+        print(f"{count:6}  {kind}")
+    one_line = lambda text: " ".join(text.split())
+    for fact in found.lost if all_of_them else found.lost[:5]:
+        print(f"  {one_line(fact.prompt)} | right: {one_line(fact.response)} | now: {one_line(fact.prediction)}")
+    if len(found.lost) > 5 and not all_of_them:
+        print(f"  and {len(found.lost) - 5} more: --lost prints all")
+
+
+# ---------------------------------------------------------------- statistics
+
 RESAMPLES = 2000
-
-
-def paper_figures(text=PAPER):
-    """({(table, D_A, row, D_B): accuracy}, {(table, D_A, row, "factoid" or "non-factoid"): printed average})."""
-    cells, averages = {}, {}
-    for line in text.strip().split("\n"):
-        row, colon, figures = line.partition(": ")
-        if not colon:
-            table, a = line.split()
-            continue
-        for group, part in zip(("factoid", "non-factoid"), figures.split("; ")):
-            numbers, _, average = part.partition(" | ")
-            names = OTHER if group == "non-factoid" else (["id"] if table == "table2" else []) + FACTOID
-            for b, number in zip(names, numbers.split(), strict=True):
-                cells[table, a, row, b] = float(number)
-            if average:
-                averages[table, a, row, group] = float(average)
-    for (table, a, row, b), value in list(cells.items()):
-        if table == "table2" and row == "none":
-            cells["table1", a, row, b] = value
-    return cells, averages
-
-
-def misprinted():
-    """[(table, D_A, row, group, printed, mean of its cells)] of the paper's averages that are no rounding of the mean of their printed cells."""
-    cells, averages = paper_figures()
-    wrong = []
-    for (table, a, row, group), printed in averages.items():
-        names = ["id", *FACTOID] if group == "factoid" else OTHER
-        mean = statistics.mean(cells[table, a, row, b] for b in names if (table, a, row, b) in cells)
-        if abs(mean - printed) > 0.0500001:
-            wrong.append((table, a, row, group, printed, mean))
-    return wrong
-
-
-def history(a, row, b):
-    """The folders, without seeds, of the run behind a cell of tables 1 to 4: its stages' labels, one inside the other.
-
-    row: "none", "random/-" and so on, "long" and "long/long" for the controls, "replay0.1". b may be the later two of three
-    stages, "webqa/math": of those the factoid ones are mixed (figure 8).
-    """
-    b = f"{a}-id" if b == "id" else b
-    if row.startswith("replay"):
-        return f"{a}/{b}+{row}"
-    first, _, second = row.partition("/")
-    suffix = lambda mix: {"none": "", "-": "", "": "", "long": "-long"}.get(mix, f"+{mix}")
-    return "/".join([a + suffix(first), *(part + suffix(second if "/" not in b or SETS[part].kind == "factoid" else "-") for part in b.split("/"))])
-
-
-def read_grid(folder):
-    """{model: {history: {seed: {"folder", "lineage", "eval"}}}} of the evaluated runs whose folders are named as run_all.sh names them."""
-    grid = {}
-    for file in sorted(Path(folder).rglob("eval.json")):
-        run = file.parent
-        lineage = read_lineage(run) if (run / "run.json").exists() else []
-        parts = [re.fullmatch(r"(.+)-s(\d+)", name) for name in run.parts[len(run.parts) - len(lineage) :]]
-        if not lineage or not all(parts):
-            continue
-        for part, entry in zip(parts, lineage):
-            data, *others = part[1].removesuffix("+familiar").split("+")
-            mix = "+" + others[0].partition(".")[0] if others and not others[0].startswith("replay") else "+none"
-            weight = entry.get("mix_weight", 1)  # other than 1 it stands behind the mix, as in random.m0
-            named = bool(others) and ".m" in others[0]
-            if data.removesuffix("-long") != set_label(entry["data"]) or mix[1:] != set_label(entry["mix"]) or named != (weight != 1) or int(part[2]) != entry["seed"]:
-                raise DataError(f"{run}: its name says {part[0]}, its run.json {entry['data']} with mix {entry['mix']} of weight {weight:g} and seed {entry['seed']}; rename the folder")
-        name = model_name(lineage[0]["base_model"])
-        key = "/".join(part[1] for part in parts)
-        grid.setdefault(name, {}).setdefault(key, {})[lineage[-1]["seed"]] = {"folder": run, "lineage": lineage, "eval": read_rows(file)}
-    return grid
-
-
-def accuracies(runs, asked):
-    """{seed: accuracy in %} of one setting's runs {seed: run} on a set."""
-    return {seed: run["eval"][asked]["accuracy"] for seed, run in runs.items() if asked in run["eval"]}
-
-
-def behind(table, a, row, b):
-    """(the history of the run behind a cell, the set that it was asked)."""
-    if table in ("table5", "table6"):
-        return b + ("" if row == "none" else f"+{row}") + "+familiar", f"{a}.familiar"
-    return history(a, row, b), a
-
-
-def cell_of(grid, table, a, row, b):
-    """{seed: accuracy} behind a cell; grid is one model's."""
-    key, asked = behind(table, a, row, b)
-    return accuracies(grid.get(key, {}), asked)
 
 
 def show(values, paper=None, underlined=False):
@@ -437,75 +625,339 @@ def show(values, paper=None, underlined=False):
 
 
 def average(cells):
-    """{seed: mean over cells} of cells [{seed: accuracy}] for the seeds that all of them have."""
-    seeds = set.intersection(*map(set, cells)) if cells else set()
-    return {seed: statistics.mean(cell[seed] for cell in cells) for seed in sorted(seeds)}
+    """{seeds: mean over cells} of cells [{seeds: accuracy}] for the seeds that all of them have."""
+    common = set.intersection(*map(set, cells)) if cells else set()
+    return {seeds: statistics.mean(cell[seeds] for cell in cells) for seeds in sorted(common)}
 
 
-def generic(rows, grid):
+def bootstrap(differences, resamples=RESAMPLES):
+    """95% interval of the mean of differences (S, F), both seeds and facts drawn anew with replacement.
+
+    An entry is one side's share of right answers less the other's, of the same fact under the same seed: the pairing.
+    """
+    differences = torch.as_tensor(differences, dtype=torch.float64)
+    n_seeds, n_facts = differences.shape
+    draw = torch.Generator().manual_seed(0)
+    seeds = torch.randint(n_seeds, (resamples, n_seeds), generator=draw)
+    means = [differences[s][:, torch.randint(n_facts, (n_facts,), generator=draw)].mean() for s in seeds]
+    return tuple(torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+
+
+# ---------------------------------------------------------------- tables
+
+LABELS = {"kvr": "Key-Value Recall", "popqa": "PopQA", "triviaqa": "TriviaQA", "id": "ID", "lama": "LAMA", "entityqa": "EntityQA", "webqa": "WebQA",
+          "gsm8k": "GSM8K", "math": "MATH", "evolcode": "EvolCode", "apps": "APPS", "ultrachat": "UltraChat",
+          "none": "No Mixing", "random": "Random", "k-pile": "K-Pile", "a-pile": "A-Pile", "fineweb": "FineWeb"}  # fmt: skip
+MIXES = ["none", "random/-", "k-pile/-", "-/random", "-/k-pile", "random/k-pile"]
+CONTROLS = {"long": "No Mixing, steps of Random / - at stage 1 *(not in the paper)*",
+            "long/long": "No Mixing, steps of Random / K-Pile *(not in the paper)*"}  # fmt: skip
+REPLAYS = {"none": 0.0, "replay0.01": 0.01, "replay0.05": 0.05, "replay0.1": 0.1}
+SOURCES = ["none", "k-pile", "a-pile", "random", "fineweb"]
+
+
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    rows: list
+    asked: str = "{}"  # which set, of a D_A's name
+    with_id: bool = False  # does ID stand among the columns
+    averaged: bool = False
+    lowest: str = ""  # underlined in each "row" or "column"
+
+
+TABLES = {
+    "table1": Table("Forgetting in continual memorization, no mixing", ["none"], with_id=True, averaged=True, lowest="row"),
+    "table2": Table("REMIX", [*MIXES, *CONTROLS], with_id=True, averaged=True),
+    "table3": Table("REMIX, the rows of Mistral-7B-v0.3", ["none", "random/k-pile", *CONTROLS], averaged=True),
+    "table4": Table("Replay", list(REPLAYS), lowest="column"),
+    "table5": Table("Familiar facts after one stage", SOURCES, asked="{}.familiar"),
+    "table6": Table("Familiar facts after one stage, as for Mistral-7B-v0.3", SOURCES, asked="{}.familiar"),
+}
+PAPERS_MODELS = {"Meta-Llama-3-8B": ["table1", "table2", "table4", "table5"], "Mistral-7B-v0.3": ["table3", "table6"]}
+
+
+@dataclass
+class Paper:
+    """The paper's printed figures."""
+
+    cells: dict  # {(table, D_A, row, D_B): accuracy}
+    averages: dict  # {(table, D_A, row, "factoid" or "non-factoid"): as printed}
+    columns: dict  # {(table, D_A): (factoid D_B, non-factoid D_B)}
+
+
+def paper_figures(text=None):
+    paper = Paper({}, {}, {})
+    for line in (text or PAPER).strip().split("\n"):
+        row, colon, figures = line.partition(": ")
+        if not colon:
+            block, _, names = line.partition(" | ")
+            table, a = block.split()
+            groups = [group.split() for group in names.split("; ")]
+            paper.columns[table, a] = groups
+            continue
+        for group, names, part in zip(("factoid", "non-factoid"), groups, figures.split("; ")):
+            numbers, _, printed = part.partition(" | ")
+            for b, number in zip(names, numbers.split(), strict=True):
+                paper.cells[table, a, row, b] = float(number)
+            if printed:
+                paper.averages[table, a, row, group] = float(printed)
+    for (table, a, row, b), value in list(paper.cells.items()):
+        if table == "table2" and row == "none":
+            paper.cells["table1", a, row, b] = value
+    return paper
+
+
+def misprinted():
+    """[(table, D_A, row, group, printed, mean of its cells)] of the paper's averages that are no rounding of the mean of their printed cells."""
+    paper, wrong = paper_figures(), []
+    for (table, a, row, group), printed in paper.averages.items():
+        names = paper.columns[table, a][group == "non-factoid"]
+        mean = statistics.mean(paper.cells[table, a, row, b] for b in names)
+        if abs(mean - printed) > 0.0500001:
+            wrong.append((table, a, row, group, printed, mean))
+    return wrong
+
+
+def chain(a, row, b):
+    """The Stages behind a cell of tables 1 to 4: D_A, then D_B, as a row has them.
+
+    row: "none", "random/-" and so on, a control, a replay. b: a set, "id", or the later two of three stages, "webqa/math":
+    of those the factoid ones are mixed (figure 8).
+    """
+    first, later = Stage(a), Stage()
+    if row in REPLAYS:
+        later = Stage(replay=REPLAYS[row])
+    elif row in CONTROLS:
+        first, later = Stage(a, tag="long"), Stage(tag="long" if row == "long/long" else "")
+    else:
+        mixes = [mix.replace("-", "none") if mix == "-" else mix for mix in row.split("/")]
+        first, later = Stage(a, mixes[0]), Stage(mix=mixes[1])
+    stages, names = [first], (f"{a}-id" if b == "id" else b).split("/")
+    for name in names:
+        plain = len(names) > 1 and not is_factoid(name)
+        stages.append(dataclasses.replace(Stage() if plain else later, data=name))
+    return tuple(stages)
+
+
+def behind(table, a, row, b):
+    """(the Stages of the run behind a cell, the set that it was asked)."""
+    if table in ("table5", "table6"):
+        return (Stage(b, row, tag="familiar"),), TABLES[table].asked.format(a)
+    return chain(a, row, b), a
+
+
+def is_factoid(name):
+    """Of a set's label; a user's own set is one of facts."""
+    return name not in SETS and name.removesuffix("-id") not in SETS or SETS[name.removesuffix("-id")].kind == "factoid"
+
+
+def cell_of(grid, table, a, row, b):
+    """{seeds: accuracy} behind a cell."""
+    return accuracies(grid, *behind(table, a, row, b))
+
+
+def with_own_text(rows, grid):
     """Rows with the model's own generic text in the place of K-Pile, where it was trained with pydoc for want of that."""
-    own = any("+pydoc" in key for key in grid) and not any("+k-pile" in key for key in grid)
+    mixes = {stage.mix for stages in grid.cells for stage in stages}
+    own = "pydoc" in mixes and "k-pile" not in mixes
     return [row.replace("k-pile", "pydoc") if own else row for row in rows]
 
 
-def sets_of(grid, model):
-    """(D_A, factoid D_B without id, other D_B) of a model's tables: the paper's, or for another model those that it was trained on."""
-    if model in PAPERS_MODELS:
-        return ["kvr", "popqa", "triviaqa"], FACTOID, OTHER
-    chains = [[re.split(r"-long|\+", label)[0] for label in key.split("/")] for key in grid]
-    found = [chain for chain in chains if len(chain) == 2] + [["", *chain] for chain in chains if len(chain) == 1]
-    known = lambda b, kind: b in SETS and SETS[b].kind == kind and not b.endswith("-id")
-    names = {b for a, b in found if a or f"{b}+familiar" in grid or known(b, "non-factoid")}
-    order = list(SETS)
-    return (sorted({a for a, _ in found if a}, key=order.index), sorted((b for b in names if known(b, "factoid")), key=order.index),
-            sorted((b for b in names if known(b, "non-factoid")), key=order.index))  # fmt: skip
+@dataclass
+class Layout:
+    """The sets of a model's tables: the paper's, and those that it was trained on."""
+
+    first: list  # D_A, in the order of SETS
+    factoid: list  # D_B without ID
+    other: list
+    familiar: list  # D_A of tables 5 and 6
+    two: list  # the second and third of three stages, as "webqa/math"
+
+    @property
+    def with_id(self):
+        return ["id", *self.factoid]
 
 
-def later_two(grid):
-    """The second and third sets of a model's chains of three stages, as "webqa/math"."""
-    return sorted({"/".join(label.partition("+")[0] for label in key.split("/")[1:]) for key in grid if key.count("/") == 2})
+def layout_of(grid):
+    """The Layout of a model's tables. What followed one D_A makes a table if it is several sets; else a list of chains shows it."""
+    of_paper = grid.name in PAPERS_MODELS
+    followed, later, familiar, two = {}, set(), set(), set()
+    for stages, cell in grid.cells.items():
+        data = [stage.data for stage in stages]
+        if len(stages) == 2:
+            followed.setdefault(data[0], set()).add("id" if data[1] == f"{data[0]}-id" else data[1])
+        elif len(stages) == 3:
+            two.add("/".join(data[1:]))
+        elif stages[0].tag == "familiar":
+            later.add(data[0])
+            asked = {row["data"] for run in cell.values() for row in run.scores.values()}
+            familiar |= {name.removesuffix(".familiar") for name in asked if name.endswith(".familiar")}
+    first = {a for a, sets in followed.items() if of_paper or len(sets) > 1}
+    for a in first:
+        later |= followed[a] - {"id"}
+    if of_paper:
+        paper, tables_ = paper_figures(), PAPERS_MODELS[grid.name]
+        for (table, a), groups in paper.columns.items():
+            if table in tables_:
+                (familiar if TABLES[table].asked != "{}" else first).add(a)
+                later |= {name for names in groups for name in names if name != "id"}
+    return Layout(in_order(first), in_order({b for b in later if is_factoid(b)}), in_order({b for b in later if not is_factoid(b)}), in_order(familiar), sorted(two))
 
 
-def familiar_sets(grid):
-    """The sets whose familiar facts were asked: the rows of tables 5 and 6."""
-    names = {name for runs in grid.values() for run in runs.values() for name in run["eval"] if name.endswith(".familiar")}
-    return sorted((name.removesuffix(".familiar") for name in names), key=list(SETS).index)
+def in_order(names):
+    """Sets as SETS has them, then others by name."""
+    known = list(SETS)
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def row_label(row):
-    return CONTROLS.get(row) or (f"Replay (r = {row[6:]})" if row.startswith("replay") else " / ".join(LABELS.get(mix, mix) for mix in row.split("/")))
+    return CONTROLS.get(row) or (f"Replay (r = {REPLAYS[row]})" if REPLAYS.get(row) else " / ".join(LABELS.get(mix, mix) for mix in row.split("/")))
 
 
-def render(table, model, grid):
-    """One table as lines of Markdown, laid out as in the paper; grid is one model's runs."""
-    rows, with_id, averaged, underline, caption = TABLES[table]
-    cells, _ = paper_figures() if model in PAPERS_MODELS else ({}, None)
-    data_a, factoid, other = sets_of(grid, model)
-    if table in ("table5", "table6"):
-        data_a = data_a[1:] if model in PAPERS_MODELS else familiar_sets(grid)
-    groups = [(["id"] if with_id else []) + factoid, other]
-    columns = [b for group in groups for b in [*group, *(["Avg"] if averaged and group else [])]]
-    lines = ["", f"**Table {table[-1]}. {caption}** ({model}: exact match on D_A in %, mean ± standard deviation over seeds)", ""]
-    lines += ["| | " + " | ".join(LABELS.get(b, b) for b in columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    for a in data_a:
-        if table != "table1":
+def render(name, grid, layout, shown):
+    """One table as lines of Markdown, laid out as in the paper; the Stages of each cell that has runs go into the set `shown`."""
+    table, printed = TABLES[name], paper_figures().cells if grid.name in PAPERS_MODELS else {}
+    groups = [layout.with_id if table.with_id else layout.factoid, layout.other]
+    columns = [b for group in groups for b in [*group, *(["Avg"] if table.averaged and group else [])]]
+    firsts, rows = layout.familiar if table.asked != "{}" else layout.first, with_own_text(table.rows, grid)
+    lines, sizes = [], set()
+    for a in firsts:
+        if name != "table1":
             lines.append(f"| **{LABELS.get(a, a)}** |" + " |" * len(columns))
-        found = {row: {b: cell_of(grid, table, a, row, b) for group in groups for b in group if b != a} for row in generic(rows, grid)}
+        found = {row: {b: cell_of(grid, name, a, row, b) for group in groups for b in group if b != a} for row in rows}
         means = {row: {b: statistics.mean(cell.values()) for b, cell in found[row].items() if cell} for row in found}
         for row in found:
+            for b in means[row]:
+                stages, asked = behind(name, a, row, b)
+                shown.add(stages)
+                sizes |= {run.score(asked)[1]["total"] for run in grid.cells[stages].values() if run.score(asked)}
             texts = []
             for group in groups:
                 for b in group:
-                    rivals = means[row].values() if underline == "row" else [means[r][b] for r in means if b in means[r]]
-                    lowest = underline and b in means[row] and means[row][b] == min(rivals)
-                    texts.append(show(list(found[row].get(b, {}).values()), cells.get((table, a, row, b)), lowest))
-                if averaged and group:
-                    printed = [cells[table, a, row, b] for b in group if (table, a, row, b) in cells]
+                    rivals = means[row].values() if table.lowest == "row" else [means[r][b] for r in means if b in means[r]]
+                    lowest = table.lowest and b in means[row] and means[row][b] == min(rivals)
+                    texts.append(show(list(found[row].get(b, {}).values()), printed.get((name, a, row, b)), lowest))
+                if table.averaged and group:
+                    theirs = [printed[name, a, row, b] for b in group if (name, a, row, b) in printed]
                     own = average([found[row][b] for b in group if b in found[row]])
-                    texts.append(show(list(own.values()), statistics.mean(printed) if printed else None))
-            label = LABELS.get(a, a) if table == "table1" else row_label(row)
+                    texts.append(show(list(own.values()), statistics.mean(theirs) if theirs else None))
+            label = LABELS.get(a, a) if name == "table1" else row_label(row)
             lines.append(f"| {label} | {' | '.join(texts)} |")
+    of = f" of {' or '.join(map(str, sorted(sizes)))} facts" if sizes else ""
+    caption = f"**Table {name[-1]}. {table.caption}** ({grid.name}: exact match on D_A{of} in %, mean ± standard deviation over seeds)"
+    heading = ["| | " + " | ".join(LABELS.get(b, b) for b in columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    return ["", caption, "", *heading, *lines]
+
+
+def chains_table(grid, cells, starts):
+    """Lines of Markdown of chains of stages whatever they are, a row each.
+
+    cells: of the grid, those to show. starts: {record: Run} of all runs, among which a chain's first stage is looked for.
+    """
+    lines, heading = [], None
+    for stages, cell in sorted(cells.items(), key=lambda item: ([stage.data for stage in item[0]], item[0])):
+        runs = [run for _, run in sorted(cell.items())]
+        names = set_names(runs[0].lineage)
+        above = f"{grid.name}, {', then '.join(names)}: exact match in %"
+        if above != heading:
+            heading = above
+            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | {names[0]} after stage 1 | {names[0]} at the end | {names[-1]} at the end | runs |"]
+            lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+        before = [score[1]["accuracy"] for run in runs if (start := starts.get(record(run.lineage[:1]))) and (score := start.score(names[0]))]
+        at_end = [show(list(accuracies(grid, stages, name).values())) for name in (names[0], names[-1])]
+        label = label_of(stages).replace("|", r"\|")
+        lines.append(f"| {label} | {mean_steps(runs)} | {show(before)} | {' | '.join(at_end)} | {len(runs)} |")
     return lines
+
+
+def mean_steps(runs):
+    """Steps of each stage, the mean over seeds."""
+    return " + ".join(str(round(statistics.mean(steps))) for steps in zip(*[[entry["steps"] for entry in run.lineage] for run in runs]))
+
+
+def done_with(runs):
+    """What runs were made with, a line of Markdown: one where all agree, else each with how many runs it made."""
+    counts = Counter()
+    for run in runs:
+        entry = run.lineage[-1]
+        tree = ", changed since" if entry["clean"] is False else ""
+        ranks = f"{entry['ranks']} x " if entry["ranks"] > 1 else ""
+        counts[f"commit {(entry['commit'] or 'unknown')[:10]}{tree}, Python {entry['python']}, torch {entry['torch']}, {ranks}{entry['device']}"] += 1
+    return "Trained with " + "; ".join(f"{text}: {count} runs" if len(counts) > 1 else text for text, count in sorted(counts.items())) + "."
+
+
+def tables(folder):
+    """The paper's tables, claims and figures from the finished runs below a folder, and a row for every chain that these do not show.
+
+    What a run is says its record, run.json, not its folder's name. Kept as TABLES.md; beside it the figures, each cell's
+    folders (cells.jsonl) and what became of every fact (facts.jsonl). Reads no weights.
+    """
+    folder = Path(folder)
+    runs = read_runs(folder)
+    unasked = [run for run in runs if not run.scores]
+    if unasked:
+        print(f"{len(unasked)} runs are not evaluated and left out, first {unasked[0].folder}; run evaluate.py on them", file=sys.stderr)
+    starts = {record(run.lineage): run for run in runs}
+    lines, laid_out = [], False
+    for grid in grids_of(runs):
+        layout, shown, images = layout_of(grid), set(), []
+        if layout.first or layout.familiar:
+            laid_out = True
+            for name in PAPERS_MODELS.get(grid.name, TABLES):
+                lines += render(name, grid, layout, shown) if (layout.familiar if TABLES[name].asked != "{}" else layout.first) else []
+            lines += claims(grid, layout)
+            images += figures(grid, layout, folder, starts)
+        rest = {stages: cell for stages, cell in grid.cells.items() if len(stages) > 1 and stages not in shown}
+        rest = {stages: asked for stages, cell in rest.items() if (asked := {seeds: run for seeds, run in cell.items() if run.scores})}
+        lines += chains_table(grid, rest, starts)
+        if rest and not layout.first:
+            images += [draw_retention(rest, starts, folder / f"retention-{grid.name}.png")]
+        lines += ["", *[f"![{Path(name).stem}]({quote(name)})" for name in images]]
+    if not any(lines):
+        raise DataError(f"{folder}: no evaluated run of two stages or more below it; train and evaluate some")
+    if laid_out:
+        wrong = [f"{table}, {LABELS[a]}, {row_label(row)}, {group}: printed {printed}, mean {mean:.2f}" for table, a, row, group, printed, mean in misprinted()]
+        lines += ["", "Small: the paper's own figure; its averages are means of its printed cells. Printed averages that are not: " + "; ".join(wrong) + "."]
+    text = "\n".join([*lines[1:], "", done_with(runs)]) + "\n"
+    write_file(folder / "TABLES.md", text)
+    write_lines(folder / "cells.jsonl", places(runs, folder))
+    write_lines(folder / "facts.jsonl", ledger(runs, starts, folder))
+    return text
+
+
+def write_lines(path, rows):
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def places(runs, folder):
+    """Where the figures come from: each run's folder with its cell, seeds and answers."""
+    for run in runs:
+        yield {"run": relative_path(run.folder, folder), "base_model": run.lineage[0]["base_model_name"], "stages": set_names(run.lineage),
+               "cell": label_of(run.stages), "seeds": run.seeds, "accuracy": {name: row["accuracy"] for name, row in run.scores.items()}}  # fmt: skip
+
+
+def ledger(runs, starts, folder):
+    """A row for each fact of each earlier stage's set of each chain, from the predictions of the stages that have them.
+
+    memorized: the first stage after which it was right; lost: the first after that at which it was wrong; null where there
+    is none. Of a fact that its stage had right and the last one has not: what the model says now, and which of IN_PLACE that is.
+    """
+    for run in runs:
+        behind_it = [starts.get(record(run.lineage[:k])) for k in range(1, len(run.lineage) + 1)]
+        folder_of = lambda k, found=behind_it: found[k - 1].folder if found[k - 1] else None
+        for found in forgotten(run, folder_of):
+            lost_ones = {fact.id: fact for fact in found.lost}
+            asked = {}  # stage -> {fact: was it right}
+            for stage, at in enumerate(behind_it, 1):
+                if stage >= found.stage and at and (rows := predictions(at.folder, found.name)):
+                    asked[stage] = {row["id"]: row["correct"] for row in rows}
+            for fact in asked[max(asked)]:
+                right = [stage for stage in asked if asked[stage].get(fact)]
+                wrong = [stage for stage in asked if right and stage > right[0] and not asked[stage].get(fact)]
+                row = {"run": relative_path(run.folder, folder), "data": found.name, "id": fact, "memorized": right[0] if right else None, "lost": wrong[0] if wrong else None}
+                if fact in lost_ones:
+                    row |= {"prediction": lost_ones[fact].prediction, "in_place": lost_ones[fact].in_place}
+                yield row
 
 
 # ---------------------------------------------------------------- claims
@@ -533,27 +985,12 @@ CLAIMS = {
 }
 
 
-def right_answers(run, name):
-    """{fact: was it answered right} from a run's predictions alone."""
-    return {row["id"]: bool(row["correct"]) for row in read_rows(run["folder"] / f"predictions.{name}.jsonl")}
-
-
-def bootstrap(differences, resamples=RESAMPLES):
-    """95% interval of the mean of differences (S, F), both seeds and facts drawn anew with replacement.
-
-    An entry is one side's share of right answers less the other's, of the same fact under the same seed: the pairing.
-    """
-    differences = torch.as_tensor(differences, dtype=torch.float64)
-    n_seeds, n_facts = differences.shape
-    draw = torch.Generator().manual_seed(0)
-    seeds = torch.randint(n_seeds, (resamples, n_seeds), generator=draw)
-    means = [differences[s][:, torch.randint(n_facts, (n_facts,), generator=draw)].mean() for s in seeds]
-    return tuple(torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
-
-
 def compare(grid, sides, asked):
-    """(mean, mean, (lower, upper), seeds, D_B) of two sides [[(history, D_B), ...], ...] in % of a set; None where a side has no run in common seeds."""
-    runs = [[(b, {seed: run for seed, run in grid[key].items() if asked in run["eval"]}) for key, b in side if key in grid] for side in sides]
+    """(mean, mean, (lower, upper), seeds, D_B) of two sides [[(Stages, D_B), ...], ...] in % of a set; None where a side has no run in common seeds."""
+    runs = []
+    for side in sides:
+        found = [(b, {seeds: run for seeds, run in grid.cells[stages].items() if run.score(asked)}) for stages, b in side if stages in grid.cells]
+        runs.append(found)
     seeds = sorted(set.intersection(*[set(found) for side in runs for _, found in side])) if all(runs) else []
     if not seeds:
         return None
@@ -563,33 +1000,33 @@ def compare(grid, sides, asked):
         answers = [[right_answers(found[seed], asked) for seed in seeds] for _, found in side]
         shares.append(torch.tensor([[[row[s][fact] for fact in facts] for s in range(len(seeds))] for row in answers], dtype=torch.float64).mean(0))
     interval = bootstrap(100 * (shares[0] - shares[1]))
-    names = sorted({b for side in runs for b, _ in side}, key=lambda b: ["id", *SETS].index(b.partition("/")[0]))
+    names = in_order({b for side in runs for b, _ in side})
     return 100 * shares[0].mean().item(), 100 * shares[1].mean().item(), interval, seeds, names
 
 
-def claims(model, grid):
+def claims(grid, layout):
     """The claims as lines of Markdown. One holds if for each D_A the difference's 95% interval lies above 0."""
-    cells, _ = paper_figures()
-    data_a, factoid, other = sets_of(grid, model)
-    groups = {"factoid": ["id", *factoid], "no id": factoid, "other": other, "lama": ["lama"], "all": ["id", *factoid, *other], "two": later_two(grid)}
-    groups["two factoid"] = [two for two in groups["two"] if all(SETS[b].kind == "factoid" for b in two.split("/"))]
-    groups["two with other"] = [two for two in groups["two"] if two not in groups["two factoid"]]
-    lines = ["", f"**Claims** ({model}). PASS: the 95% interval of the difference, by a paired bootstrap over facts and seeds, lies above 0.", "",
+    cells, of_paper = paper_figures().cells, grid.name in PAPERS_MODELS
+    groups = {"factoid": layout.with_id, "no id": layout.factoid, "other": layout.other, "lama": ["lama"], "all": [*layout.with_id, *layout.other], "two": layout.two}
+    groups["two factoid"] = [two for two in layout.two if all(is_factoid(b) for b in two.split("/"))]
+    groups["two with other"] = [two for two in layout.two if two not in groups["two factoid"]]
+    lines = ["", f"**Claims** ({grid.name}). PASS: the 95% interval of the difference, by a paired bootstrap over facts and seeds, lies above 0.", "",
              "| claim | verdict | D_A | keeps more | keeps less | difference | D_B, seeds | in the paper |", "| --- | --- | --- | ---: | ---: | ---: | --- | ---: |"]  # fmt: skip
     for name, (wanted, more, more_b, less, less_b, table) in CLAIMS.items():
-        if "table3" in PAPERS_MODELS.get(model, []):
+        if "table3" in PAPERS_MODELS.get(grid.name, []):
             table = "table6" if table == "table5" else table
             if table not in ("table6", None):
                 continue  # the paper makes it of Llama-3-8B
-        names = wanted + [a for a in data_a if a not in wanted] if wanted is ANY else wanted
+        there = layout.familiar if table in ("table5", "table6") else layout.first
+        names = wanted + [a for a in there if a not in wanted] if wanted is ANY else wanted
         rows = []
-        for a in [a for a in names if model in PAPERS_MODELS or a in (familiar_sets(grid) if table == "table5" else data_a)]:
+        for a in [a for a in names if of_paper or a in there]:
             # Both sides on the same D_B where the claim is about one group of them: a half-run grid compares like with like.
             asked = behind(table, a, "none", "id")[1]
-            sides = [[(behind(table, a, row, b)[0], b) for row in generic(rows_, grid) for b in groups[group] if b != a] for rows_, group in ((more, more_b), (less, less_b))]
+            sides = [[(behind(table, a, row, b)[0], b) for row in with_own_text(rows_, grid) for b in groups[group] if b != a] for rows_, group in ((more, more_b), (less, less_b))]
             if more_b == less_b:
-                there = [{b for key, b in side if key in grid} for side in sides]
-                sides = [[(key, b) for key, b in side if b in there[0] & there[1]] for side in sides]
+                run = [{b for stages, b in side if stages in grid.cells} for side in sides]
+                sides = [[(stages, b) for stages, b in side if b in run[0] & run[1]] for side in sides]
             result = compare(grid, sides, asked)
             tables_of = lambda row, table=table: "table4" if row.startswith("replay") else table
             printed = [[cells[key] for row in rows_ for b in groups[group] if (key := (tables_of(row), a, row, b)) in cells] if table else []
@@ -609,15 +1046,142 @@ def claims(model, grid):
 # ---------------------------------------------------------------- figures
 
 
-def bars(grid, a, rows, columns, axes):
-    """Bars with error bars: a group for each D_B, in it one for each row; heights are accuracies on D_A in %."""
-    for i, row in enumerate(rows):
-        found = [list(cell_of(grid, "table2", a, row, b).values()) for b in columns]
-        means = [statistics.mean(values) if values else 0 for values in found]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found]
-        at = [k + (i - (len(rows) - 1) / 2) * 0.8 / len(rows) for k in range(len(columns))]
-        axes.bar(at, means, 0.8 / len(rows), yerr=spread, label=row_label(row).replace("*", ""))
-    axes.set(xticks=range(len(columns)), xticklabels=["\n".join(LABELS.get(part, part) for part in b.split("/")) for b in columns], ylim=(0, 103), title=LABELS.get(a, a))
+def figures(grid, layout, folder, starts):
+    """Draw the paper's figures for one model; returns the files' names."""
+    drawn = []
+    if layout.first:
+        ablated = layout.first[0]  # Key-Value Recall where it was trained on: the set of figures 5 to 8
+        text = with_own_text(["k-pile"], grid)[0]
+        rows, sources = with_own_text(MIXES, grid), [text, "a-pile", "fineweb"]
+        firsts, with_id, other = layout.first, layout.with_id, layout.other
+        mixed = [f"{mix}/{source}" for mix in ("-", "random") for source in sources]
+        pictures = {  # name: panels, each a function of axes
+            "figure2": [replayed(grid, firsts, names, title) for names, title in ((layout.factoid, "factoid D_B"), (other, "non-factoid D_B"))],
+            "figure5": [bars(grid, ablated, ["none", *mixed], with_id)],
+            "figure6": [varied(grid, ablated, "mix_words", stage, mix, layout.factoid) for stage, mix in ((1, "random"), (2, text))],
+            "figure7": [varied(grid, ablated, "mix_ratio", stage, mix, [*with_id, *other]) for stage in (2, 1) for mix in ("random", text)],
+            "figure8": [bars(grid, ablated, with_own_text(["none", "random/k-pile"], grid), layout.two)],
+            "figure9": [bars(grid, a, rows, with_id) for a in firsts],
+            "figure10": [bars(grid, a, rows, other) for a in firsts],
+            "forgetting": [over_time(grid, a, rows, [*with_id, *other], starts) for a in firsts],
+        }
+        for name, panels in pictures.items():
+            drawn.append(f"{name}-{grid.name}.png")
+            draw_panels(panels, folder / drawn[-1], 4 if name == "figure7" else 3)
+    lens = {}  # D_A -> what probe.py left of chains
+    for stages, cell in sorted(grid.cells.items()):
+        run, a = cell[min(cell)], stages[0].data
+        if len(stages) > 1 and (file := run.folder / f"probe.{a}.json").exists():
+            lens.setdefault(a, []).append((a, f"{label_of(stages)}, after {stages[-1].data}", read_rows(file)))
+    for name, results in {"figure4": list(itertools.chain(*lens.values())), **dict(zip(["figure11", "figure12"], lens.values()))}.items():
+        if results:
+            drawn.append(f"{name}-{grid.name}.png")
+            draw_figure4(results, folder / drawn[-1])
+    return drawn
+
+
+def replayed(grid, firsts, names, title):
+    """Figure 2: accuracy against the replay ratio, averaged over D_B, a curve a D_A."""
+    series = {}
+    for a in firsts:
+        points = []
+        for row, ratio in REPLAYS.items():
+            cells = [cell_of(grid, "table4", a, row, b) for b in names if b != a]
+            points.append((ratio, list(average([cell for cell in cells if cell]).values())))
+        series[LABELS.get(a, a)] = points
+    return lambda axes: lines_over(axes, series, title, "replay ratio")
+
+
+def varied(grid, a, setting, stage, mix, columns):
+    """Figures 6 and 7: accuracy against the mix's length or ratio at a stage, a curve a D_B. The runs' tag is the setting's name."""
+    series = {}
+    for b in columns:
+        base = chain(a, f"{mix}/-" if stage == 1 else f"-/{mix}", b)
+        points = [(0.0, list(cell_of(grid, "table2", a, "none", b).values()))] if setting == "mix_ratio" else []
+        for stages, cell in grid.cells.items():
+            at = dataclasses.replace(stages[stage - 1], tag="", varied=()) if len(stages) == len(base) else None
+            alike = at and (*stages[: stage - 1], at, *stages[stage:]) == base
+            if alike and stages[stage - 1].tag in ("", setting):
+                entry = next(iter(cell.values())).lineage[stage - 1]
+                points.append((entry[setting], list(accuracies(grid, stages, a).values())))
+        series[LABELS.get(b, b)] = points
+    xlabel = {"mix_words": "words of a passage", "mix_ratio": "mixing ratio"}[setting]
+    return lambda axes: lines_over(axes, series, f"{LABELS.get(mix, mix)}, stage {stage}", xlabel)
+
+
+def over_time(grid, a, rows, columns, starts):
+    """What is left of D_A while stage 2 trains, a curve a run, by the rows of table 2 over every D_B."""
+    curves = {}
+    for row in [*rows, "long"]:
+        for b in columns:
+            for _, run in sorted(grid.cells.get(chain(a, row, b), {}).items()):
+                curves.setdefault(row_label(row).replace("*", ""), []).append(retention(run, starts))
+    return lambda axes: draw_curves(axes, curves, LABELS.get(a, a))
+
+
+def retention(run, starts):
+    """[(% of the last stage's steps, accuracy on the first stage's facts)] from the checks in metrics.jsonl, before them what it began with."""
+    name, steps = set_names(run.lineage)[0], run.lineage[-1]["steps"]
+    start = starts.get(record(run.lineage[:1]))
+    score = start.score(name) if start and len(run.lineage) == 2 else None
+    file = run.folder / "metrics.jsonl"
+    checks = [row for row in read_rows(file) if row.get("data") == name] if file.exists() else []
+    before = [(0, score[1]["accuracy"])] if score else []
+    return before + [(100 * row["step"] / steps, row["accuracy"]) for row in checks]
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def picture(rows=1, columns=1, size=(6.5, 4)):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def save(figure, path):
+    """Write a picture in one step, as data.write_file does a text."""
+    from matplotlib import pyplot
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
+    pyplot.close(figure)
+
+
+def draw_panels(panels, path, per_row=3):
+    """One file of panels, each a function of axes."""
+    columns = min(len(panels), per_row)
+    rows = -(-len(panels) // columns)
+    figure, grid = picture(rows, columns, (4.6 * columns, 3.6 * rows))
+    for axes, panel in zip(grid.flat, panels):
+        panel(axes)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize="x-small")
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    save(figure, path)
+
+
+def bars(grid, a, rows, columns):
+    """A panel of bars with error bars: a group for each D_B, in it one for each row; heights are accuracies on D_A in %."""
+
+    def panel(axes):
+        for i, row in enumerate(rows):
+            found = [list(cell_of(grid, "table2", a, row, b).values()) if b != a else [] for b in columns]
+            means = [statistics.mean(values) if values else 0 for values in found]
+            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found]
+            at = [k + (i - (len(rows) - 1) / 2) * 0.8 / len(rows) for k in range(len(columns))]
+            axes.bar(at, means, 0.8 / len(rows), yerr=spread, label=row_label(row).replace("*", ""))
+        names = ["\n".join(LABELS.get(part, part) for part in b.split("/")) for b in columns]
+        axes.set(xticks=range(len(columns)), xticklabels=names, ylim=(0, 103), title=LABELS.get(a, a))
+
+    return panel
 
 
 def lines_over(axes, series, title, xlabel):
@@ -630,354 +1194,119 @@ def lines_over(axes, series, title, xlabel):
     axes.set(xlabel=xlabel, ylim=(-3, 103), title=title)
 
 
-def retention(grid, a):
-    """{row: [[(share of stage 2's steps in %, accuracy on D_A)]]} from the checks in metrics.jsonl, a curve a run, over every D_B."""
+def draw_curves(axes, curves, title):
+    """{label: [[(% of steps, accuracy)] of each run]}, a color a label."""
+    for color, (label, runs) in enumerate(curves.items()):
+        for i, points in enumerate(runs):
+            if points:
+                axes.plot(*zip(*points), marker=".", linewidth=0.8, color=f"C{color}", label=label if i == 0 else None)
+    axes.set(xlabel="% of the last stage's steps", ylabel="exact match on the first stage's facts, %", ylim=(-3, 103), title=title)
+
+
+def draw_retention(cells, starts, path):
+    """What was left of the first stage's facts while the last stage trained (the checks ask the first --eval-facts of them)."""
     curves = {}
-    for key, runs in grid.items():
-        labels = key.split("/")
-        if len(labels) != 2 or labels[0].split("+")[0].removesuffix("-long") != a or re.search(r"\.[wxm]|replay", key):
-            continue
-        row = "/".join(label.partition("+")[2] or ("long" if "-long" in label else "-") for label in labels)
-        for run in runs.values():
-            start = run["folder"].parent / "eval.json"
-            before = [(0, read_rows(start)[a]["accuracy"])] if start.exists() else []
-            steps = run["lineage"][-1]["steps"]
-            checks = [(100 * line["step"] / steps, line["accuracy"]) for line in read_rows(run["folder"] / "metrics.jsonl") if line.get("data") == a]
-            if checks:
-                curves.setdefault({"-/-": "none", "long/-": "long"}.get(row, row), []).append(before + checks)
-    return curves
-
-
-def figures(model, grid, folder):
-    """Draw the paper's figures 2 and 5 to 10 and forgetting over time for one model; returns the files' names."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    data_a, factoid, other = sets_of(grid, model)
-    with_runs = [a for a in data_a if any(re.match(rf"{a}(-long|\+[^/]*)?/", key) for key in grid)]
-    if not with_runs:
-        return []
-    text = generic(["k-pile"], grid)[0]
-    ablated = with_runs[0]  # Key-Value Recall where it was trained on: the set of figures 5 to 8
-    with_id = ["id", *factoid]
-    drawn = []
-
-    def draw(name, panels, per_row=3):
-        """One file: panels are functions of axes."""
-        n = len(panels)
-        figure, grid_ = pyplot.subplots(-(-n // per_row), min(n, per_row), figsize=(4.6 * min(n, per_row), 3.6 * -(-n // per_row)), squeeze=False, layout="constrained")
-        for axes, panel in zip(grid_.flat, panels):
-            panel(axes)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(fontsize="x-small")
-        for axes in grid_.flat[n:]:
-            axes.remove()
-        drawn.append(f"{name}-{model}.png")
-        figure.savefig(Path(folder) / drawn[-1], dpi=110)
-        pyplot.close(figure)
-
-    def replayed(names, title):
-        series = {LABELS.get(a, a): [(float(row[6:] or 0) if row != "none" else 0.0, list(average([c for b in names if b != a and (c := cell_of(grid, "table4", a, row, b))]).values()))
-                                     for row in REPLAYS] for a in with_runs}  # fmt: skip
-        return lambda axes: lines_over(axes, series, title, "replay ratio")
-
-    def varied(kind, stage, mix, columns):
-        """Accuracy against the mix's length (kind w) or ratio (x) at a stage, a curve a D_B; what the tables' mix has is in its run.json."""
-        series = {}
-        for b in columns:
-            row = f"{mix}/-" if stage == 1 else f"-/{mix}"
-            base = history(ablated, row, b)
-            points = [(0.0, list(accuracies(grid.get(history(ablated, "none", b), {}), ablated).values()))] if kind == "x" else []
-            for key, runs in grid.items():
-                if key == base or re.sub(rf"\.{kind}[\d.]+", "", key) == base and f".{kind}" in key:
-                    entry = next(iter(runs.values()))["lineage"][stage - 1]
-                    points.append((entry["mix_words" if kind == "w" else "mix_ratio"], list(accuracies(runs, ablated).values())))
-            series[LABELS.get(b, b)] = points
-        return lambda axes: lines_over(axes, series, f"{LABELS.get(mix, mix)}, stage {stage}", "words of a passage" if kind == "w" else "mixing ratio")
-
-    def over_time(a):
-        def panel(axes):
-            for color, (row, curves) in enumerate(sorted(retention(grid, a).items())):
-                for i, curve in enumerate(curves):
-                    axes.plot(*zip(*curve), marker=".", linewidth=0.8, color=f"C{color}", label=row_label(row).replace("*", "") if i == 0 else None)
-            axes.set(xlabel="% of stage 2's steps", ylabel="exact match on D_A, %", ylim=(-3, 103), title=LABELS.get(a, a))
-
-        return panel
-
-    rows = generic(MIXES, grid)
-    draw("figure2", [replayed(factoid, "factoid D_B"), replayed(other, "non-factoid D_B")])
-    sources = [text, "a-pile", "fineweb"]
-    draw("figure5", [lambda axes: bars(grid, ablated, ["none", *[f"-/{mix}" for mix in sources], *[f"random/{mix}" for mix in sources]], with_id, axes)])
-    draw("figure6", [varied("w", 1, "random", factoid), varied("w", 2, text, factoid)])
-    draw("figure7", [varied("x", stage, mix, [*with_id, *other]) for stage in (2, 1) for mix in ("random", text)], 4)
-    draw("figure8", [lambda axes: bars(grid, ablated, generic(["none", "random/k-pile"], grid), later_two(grid), axes)])
-    draw("figure9", [lambda axes, a=a: bars(grid, a, rows, [b for b in with_id if b != a], axes) for a in with_runs])
-    draw("figure10", [lambda axes, a=a: bars(grid, a, rows, other, axes) for a in with_runs])
-    draw("forgetting", [over_time(a) for a in with_runs])
-    lens = {}  # what probe.py left of chains of two stages, a line a history
-    for key, runs in sorted(grid.items()):
-        run, a = runs[min(runs)], key.partition("/")[0].partition("+")[0]
-        if "/" in key and (file := run["folder"] / f"probe.{a}.json").exists():
-            lens.setdefault(a, []).append((a, f"{mix_label(run['lineage'])}, after {run['lineage'][-1]['data']}", read_rows(file)))
-    for name, results in {"figure4": list(itertools.chain(*lens.values())), **dict(zip(["figure11", "figure12"], lens.values()))}.items():
-        if results:
-            from probe import draw_figure4
-
-            drawn.append(f"{name}-{model}.png")
-            draw_figure4(results, Path(folder) / drawn[-1])
-    return drawn
-
-
-def ledger(grid):
-    """{"run", "id", "memorized", "lost"} of each first-stage fact of each chain: the first stage after which it was right, and the first
-    after that at which it was wrong, from the predictions of each stage that has them; null where there is none."""
-    for model in sorted(grid):
-        for _, runs in sorted(grid[model].items()):
-            for run in runs.values():
-                stages = [*reversed(run["folder"].parents), run["folder"]][-len(run["lineage"]) :]
-                name = set_label(run["lineage"][0]["data"])
-                asked = {i: right_answers({"folder": s}, name) for i, s in enumerate(stages, 1) if (s / f"predictions.{name}.jsonl").exists()}
-                for fact in asked[max(asked)] if len(stages) > 1 and asked else []:
-                    known = [i for i in asked if asked[i].get(fact)]
-                    lost = [i for i in asked if known and i > known[0] and not asked[i].get(fact)]
-                    yield {"run": str(run["folder"]), "id": fact, "memorized": known[0] if known else None, "lost": lost[0] if lost else None}
-
-
-# ---------------------------------------------------------------- any chains
-
-
-def mix_name(entry):
-    """A stage's D_M as tables show it, with its weight in the loss where that is not 1; None without one."""
-    if entry["mix"] == "none":
-        return None
-    weight = entry.get("mix_weight", 1)
-    return set_label(entry["mix"]) + (f" of weight {weight:.3g}" if weight != 1 else "")
-
-
-def mix_label(lineage):
-    """The paper's label for a run: "Random / K-Pile" names the mix of each stage, "-" is none."""
-    mixes = [mix_name(entry) or "-" for entry in lineage]
-    label = "No Mixing" if set(mixes) == {"-"} else " / ".join(mixes)
-    return label + "".join(f", replay {entry['replay']}" for entry in lineage if entry.get("replay"))
-
-
-OUTCOMES = {"seed", "steps", "updates", "final_loss", "stopped_by", "data_sha256", "mix_sha256"}  # what may differ within one row of a table
-
-
-def chains_table(folder):
-    """Markdown of every evaluated chain of stages below folder whatever its name, mean and standard deviation over seeds.
-
-    Beside it retention.png shows, chain by chain, what was left of the first stage's facts while the last stage trained
-    (the checks ask the first --eval-facts of them).
-    """
-    folder = Path(folder)
-    found = {json.dumps(lineage): (lineage, file.parent) for file in sorted(folder.rglob("run.json")) if (lineage := read_lineage(file.parent))}
-    chains = {}  # every setting but the seed -> runs
-    for lineage, run in found.values():
-        _, start = found.get(json.dumps(lineage[:1]), (None, None))
-        if len(lineage) < 2 or not start:
-            continue
-        names = [set_label(entry["data"]) for entry in lineage]
-        before, after = (_accuracies(f, {name: entry["num_examples"] for name, entry in zip(names, lineage)}) for f in (start, run))
-        if names[0] not in before or names[0] not in after:
-            print(f"{run}: left out, its first stage's facts were not asked of it and of {start}; run evaluate.py on both", file=sys.stderr)
-            continue
-        checks = [(row["step"], row["accuracy"]) for row in read_rows(run / "metrics.jsonl") if row.get("data") == names[0]]
-        known = [{"mix_weight": 1.0, **entry} for entry in lineage]  # earlier records lack it
-        settings = json.dumps([{key: value for key, value in entry.items() if key not in OUTCOMES} for entry in known], sort_keys=True)
-        chains.setdefault(settings, []).append(
-            {"lineage": lineage, "before": before[names[0]], "after": after, "checks": [(0, before[names[0]]), *checks]}
-        )
-    if not chains:
-        raise DataError(f"{folder}: no evaluated runs of two stages; train them and run evaluate.py on each first")
-
-    def cell(values):
-        values = [value for value in values if value is not None]
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread}" if values else ""
-
-    lines, heading = [], None
-    for runs in sorted(chains.values(), key=lambda runs: [(e["base_model"], e["data"]) for e in runs[0]["lineage"]]):
-        lineage = runs[0]["lineage"]
-        names = [set_label(entry["data"]) for entry in lineage]
-        above = f"{Path(lineage[0]['base_model']).name}, {', then '.join(names)}: exact match in %"
-        if above != heading:
-            heading = above
-            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | {names[0]} after stage 1 | {names[0]} at the end | {names[-1]} at the end | runs |"]
-            lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-        row = [cell([run["before"] for run in runs])] + [cell([run["after"].get(name) for run in runs]) for name in (names[0], names[-1])]
-        lines.append(f"| {mix_label(lineage)} | {_steps(runs)} | {' | '.join(row)} | {len(runs)} |")
-    text = "\n".join(lines[1:]) + "\n"
-    _draw_retention(chains, folder / "retention.png")
-    return text
-
-
-def _accuracies(folder, sizes):
-    """{name: accuracy} of the sets that were asked whole; sizes says how many examples that is."""
-    rows = read_rows(folder / "eval.json") if (folder / "eval.json").exists() else {}
-    return {name: row["accuracy"] for name, row in rows.items() if row["total"] == sizes.get(name)}
-
-
-def _steps(runs):
-    """Steps of each stage, the mean over seeds."""
-    return " + ".join(str(round(statistics.mean(steps))) for steps in zip(*[[entry["steps"] for entry in run["lineage"]] for run in runs]))
-
-
-def _draw_retention(chains, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for color, runs in enumerate(chains.values()):
-        label = f"{mix_label(runs[0]['lineage'])} ({_steps(runs)} steps)"
-        for run in runs:
-            shares = [(100 * step / run["lineage"][-1]["steps"], accuracy) for step, accuracy in run["checks"]]
-            axes.plot(*zip(*shares), marker=".", color=f"C{color}", label=label if run is runs[0] else None)
-    axes.set(xlabel="% of the last stage's steps", ylabel="exact match on the first stage's facts, %", ylim=(-3, 103))
+    for stages, cell in sorted(cells.items()):
+        runs = [run for _, run in sorted(cell.items())]
+        data = "" if len({stages_[0].data for stages_ in cells}) == 1 else f"{stages[0].data}: "
+        curves[f"{data}{label_of(stages)}, then {stages[-1].data} ({mean_steps(runs)} steps)"] = [retention(run, starts) for run in runs]
+    figure, ((axes,),) = picture(size=(7, 4.2 + 0.1 * len(curves)))
+    draw_curves(axes, curves, None)
     figure.legend(loc="outside upper center", ncols=2, fontsize="small")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
+    return path.name
 
 
-def versions():
-    """The commit of this code and the versions it ran with, in a line."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return f"Commit {git.stdout.strip() or 'unknown'}, Python {platform.python_version()}, torch {torch.__version__}."
+def draw_figure4(results, path):
+    """Layers against frequency and against the share of first occurrences; a row of two panels a set, a line a checkpoint."""
+    sets = list(dict.fromkeys(name for name, _, _ in results))
+    figure, axes = picture(len(sets), 2, (10, 0.6 + 3.6 * len(sets)))
+    for (left, right), name in zip(axes, sets):
+        mine = [(label, result) for other, label, result in results if other == name]
+        for color, (label, result) in enumerate(mine):
+            left.plot(result["frequency"], color=f"C{color}", label=f"{label} ({result['accuracy']:.1f}%)")
+            left.plot(result["floor"]["shuffled"]["frequency"], color=f"C{color}", linestyle=":", linewidth=1)
+            right.plot(result["first_share"], color=f"C{color}", marker=".")
+        base = mine[0][1]["floor"].get("base_model")
+        if base:
+            left.plot(base["frequency"], color="gray", linestyle="--", label=f"base model ({base['accuracy']:.1f}%)")
+            right.plot(base["first_share"], color="gray", linestyle="--")
+        left.set(title=f"{name}: right token in the top {mine[0][1]['top_k']} (dotted: shuffled)", xlabel="layer", ylabel="frequency", ylim=(-0.03, 1.03))
+        right.set(title=f"{name}: there for the first time", xlabel="layer", ylabel="share of those ever there", ylim=(0, None))
+        left.legend(fontsize="small")
+    save(figure, path)
 
 
-def tables(folder):
-    """The paper's tables, claims and figures from the runs that run_all.sh's grid left below folder, or else one table of all chains.
-
-    Kept as TABLES.md with each cell's folders; beside it the figures and facts.jsonl. Reads no weights.
-    """
-    folder = Path(folder)
-    grid = read_grid(folder)
-    if not grid:
-        text = chains_table(folder)
-        write_file(folder / "TABLES.md", text)
-        return text
-    lines = []
-    for model, runs in sorted(grid.items()):
-        for table in PAPERS_MODELS.get(model, TABLES):
-            lines += render(table, model, runs)
-        lines += claims(model, runs)
-        lines += ["", *[f"![{Path(name).stem}]({name})" for name in figures(model, runs, folder)]]
-        lines += ["", f"<details><summary>Folders of {model}'s cells</summary>", ""]
-        lines += [f"- `{key}`: " + ", ".join(f"`{run['folder'].relative_to(folder)}`" for _, run in sorted(found.items())) for key, found in sorted(runs.items())]
-        lines += ["", "</details>"]
-    wrong = [f"{table}, {LABELS[a]}, {row_label(row)}, {group}: printed {printed}, mean {mean:.2f}" for table, a, row, group, printed, mean in misprinted()]
-    lines += ["", "Small: the paper's own figure; its averages are means of its printed cells. Printed averages that are not: " + "; ".join(wrong) + ".", "", versions()]
-    text = "\n".join(lines[1:]) + "\n"
-    write_file(folder / "TABLES.md", text)
-    write_file(folder / "facts.jsonl", "".join(json.dumps(row) + "\n" for row in ledger(grid)))
-    return text
-
-
-def plan_of(lines):
-    """What run_all.sh's plan would take, as text: runs by table, steps, tokens, hours and disk. lines: tables, folder, needs, arguments."""
-    def option(args, name, default):
-        words = args.split()[::-1]  # the last one holds
-        return words[words.index(name) - 1] if name in words else default
-
-    counts, to_do, measured, seconds, steps, models = {}, [], {}, 0.0, 0, set()
-    parents = {line.split("\t")[2] for line in lines}
-    for line in lines:
-        names, folder, _, args = line.split("\t")
-        folder, kind = Path(folder), re.sub(r"-s\d+$", "", Path(folder).name)
-        done = (folder / "eval.json").exists()
-        if not done:
-            n = int(option(args, "--num-examples", 2000))
-            own = n * (1 + (float(option(args, "--mix-ratio", 2)) if "--mix " in args else 0) + float(option(args, "--replay", 0)))
-            asked = option(args, "--epochs", "20")
-            epochs = 3 * int(option(args.replace(f"--epochs {asked}", ""), "--epochs", 20)) if asked.startswith("@") else int(asked)
-            most = epochs * -(-round(own) // int(option(args, "--batch-size", 32)))
-            steps += most
-            to_do.append((kind, most))
-        if option(args, "--stage", "") == "1":
-            models.add(option(args, "--model", ""))
-        if (folder / "metrics.jsonl").exists():
-            rows = [row for row in read_rows(folder / "metrics.jsonl") if "tokens" in row]
-            total = measured.setdefault(kind, [0, 0])
-            total[0] += sum(row["tokens"] for row in rows)
-            total[1] += len(rows)
-            seconds += sum(row["seconds"] for row in rows)
-        for name in set(names.split(",")):
-            row = counts.setdefault(name, [0, 0])
-            row[0] += 1
-            row[1] += done
-    text = [f"{'':10} {'runs':>6} {'done':>6} {'to do':>6}"]
-    text += [f"{name:10} {n:6} {done:6} {n - done:6}" for name, (n, done) in sorted(counts.items(), key=lambda item: (item[0][0] != "t", int(item[0].strip("tablefigur"))))]
-    text += [f"{'all':10} {len(lines):6} {len(lines) - len(to_do):6} {len(to_do):6}   (tables share runs)", f"steps to do: at most {steps}, where no loss stops a stage before"]
-    tokens, n_steps = (sum(column) for column in zip(*measured.values())) if measured else (0, 0)
-    if tokens and seconds:
-        # A step has the tokens of its own kind's measured steps, or else of all that were measured.
-        expected = sum(most * (measured[kind][0] / measured[kind][1] if measured.get(kind, [0, 0])[1] else tokens / n_steps) for kind, most in to_do)
-        text.append(f"tokens to do: at most {expected:.3g}; {tokens / seconds:.0f} tokens/s measured: {expected / tokens * seconds / 3600:.1f} hours on one such machine")
-    else:
-        text.append("tokens and hours: nothing measured yet; they follow from the first run's metrics.jsonl")
-    kept = len(parents - {"-"})
-    for model in sorted(models):
-        size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 1e9
-        state = size * (3 if size and weights_dtype(model) == torch.float32 else 6)  # of each run in progress: weights and moments in fp32
-        text.append(f"disk: {kept} checkpoints are kept for later stages" + (f", {size:.3f} GB each of {model}; a run in progress takes {2 * state:.3f} GB more"
-                    if size else f"; {model} is not here, so its size is unknown"))  # fmt: skip
-    return "\n".join(text)
+# ---------------------------------------------------------------- command line
 
 
 def main():
     parser = Parser(description="Exact match of a checkpoint on the facts of its stages.")
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="folder of a model or of a finished stage")
     parser.add_argument("--data", nargs="+", metavar="NAME", help="sets or .jsonl files to ask instead of those of its stages")
+    parser.add_argument("--lost", action="store_true", help="print all facts of earlier stages that were forgotten; asks only what was not asked before")
     parser.add_argument("--split", metavar="NAME", help="sort a set's facts into those that the base model CKPT knows and those it does not")
     parser.add_argument("--shots", type=int, default=SHOTS, help=f"with --split: facts shown before each question (default: {SHOTS})")
-    parser.add_argument("--num-examples", type=int, help="with --data: how many of each (default: 2000, or all that its stage learned); with --split: only the first N")
+    parser.add_argument("--num-examples", type=int, metavar="N",
+                        help=f"only the first N of each set, kept under a name of its own (default: all that its stage learned, of others {MOST}); with --split: only the first N")
     parser.add_argument("--data-dir", default="data", help="folder of flat files (default: data)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
                         help="of the arithmetic; auto: as CKPT was trained, for a base model the faster type on this machine (default: auto)")
     parser.add_argument("--tables", metavar="RUNS", help="print the tables of the finished runs below this folder, draw the figures")
-    parser.add_argument("--plan", action="store_true", help="say what run_all.sh's plan, on standard input, would take")
     args = parser.parse_args()
     if args.tables:
         return print(tables(args.tables))
-    if args.plan:
-        return print(plan_of([line.rstrip("\n") for line in sys.stdin]))
     if not args.checkpoint:
         raise DataError("name a checkpoint folder, or give --tables RUNS")
     if args.num_examples is not None and args.num_examples < 1 or args.shots < 0:
         raise DataError("--num-examples must be at least 1, --shots at least 0")
+    if args.lost and (args.data or args.split or args.num_examples):
+        raise DataError("--lost is about all facts of a checkpoint's stages; leave out --data, --split and --num-examples")
     lineage = read_lineage(args.checkpoint)
     if args.split:
         if lineage:
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
         tokenizer, model, rank = open_checkpoint(args, lineage)
-        split(args.checkpoint, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank, args.precision)
+        base_model = base_of(args.checkpoint, lineage)
+        split(base_model, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank, args.precision)
         return end_process_group()
+    sets = chosen_sets(args, lineage)
+    if args.lost:
+        asked = read_run(args.checkpoint)
+        sets = [wanted for wanted in sets if not asked.score(wanted.name) or predictions(args.checkpoint, wanted.name) is None]
+    rank = 0
+    if sets:
+        tokenizer, model, rank = open_checkpoint(args, lineage)
+        results = evaluate(args.checkpoint, model, tokenizer, sets, args.precision, rank)
+        if rank == 0:
+            say_results(results, args.precision)
+        end_process_group()
+    if rank == 0 and not args.data and not args.num_examples:
+        run = read_run(args.checkpoint)
+        for found in forgotten(run, lambda stage: folder_of_stage(lineage, stage)):
+            say_forgotten(found, args.lost)
+
+
+def chosen_sets(args, lineage):
+    """The FactSets that the command line means."""
     if args.data:
-        if len({set_label(name) for name in args.data}) < len(args.data):
-            raise DataError("--data: two sets of one name would share a predictions file; rename one")
-        # The name of one of its stages means that stage's facts.
-        own = {entry["data"]: entry for entry in lineage} if args.num_examples is None else {}
-        sets = {set_label(name): stage_facts(own[name], args.data_dir) if name in own else
-                load_examples(name, args.num_examples or 2000, args.data_dir)[0] for name in args.data}  # fmt: skip
-    else:
-        if not lineage:
-            raise DataError(f"{args.checkpoint}: no run.json, so no stages to ask about; name sets with --data")
-        sets = {set_label(entry["data"]): facts for entry in lineage if (facts := stage_facts(entry, args.data_dir))}
-        if not sets:
-            raise DataError(f"{args.checkpoint}: no stage of it learned facts; name sets with --data")
-    for name, examples in sets.items():
-        if any("messages" in example for example in examples):
-            raise DataError(f"{name}: holds chats, which have no single right answer; name sets of facts")
-    tokenizer, model, rank = open_checkpoint(args, lineage)
-    results = evaluate(args.checkpoint, model, tokenizer, sets, args.precision, rank)
-    if rank == 0:
-        print(f"{'set':20} {'facts':>6} {'correct':>8} {'accuracy':>9}  in {args.precision}")
-        for name, row in results.items():
-            print(f"{name:20} {row['total']:6} {row['correct']:8} {row['accuracy']:8.1f}%")
-    end_process_group()
+        return named_sets(args.data, args.num_examples, args.checkpoint, lineage, args.data_dir)
+    if not lineage:
+        raise DataError(f"{args.checkpoint}: no run.json, so no stages to ask about; name sets with --data")
+    sets = stage_sets(lineage, args.data_dir)
+    if not sets:
+        raise DataError(f"{args.checkpoint}: no stage of it learned facts; name sets with --data")
+    if args.num_examples:
+        names = [entry["data"] for entry in lineage if set_label(entry["data"]) in {kept.data for kept in sets}]
+        return named_sets(names, args.num_examples, args.checkpoint, lineage, args.data_dir)
+    return sets
+
+
+def say_results(results, precision):
+    print(f"{'set':20} {'facts':>6} {'correct':>8} {'accuracy':>9}  in {precision}")
+    for name, row in results.items():
+        part = f"  the first {row['total']} of {row['of']}" if row["total"] < row["of"] else ""
+        print(f"{name:20} {row['total']:6} {row['correct']:8} {row['accuracy']:8.1f}%{part}")
 
 
 def open_checkpoint(args, lineage):
@@ -988,6 +1317,83 @@ def open_checkpoint(args, lineage):
     model = load_model(args.checkpoint, compute_dtype(args.precision), device)
     check_vocabulary(tokenizer, model.config, args.checkpoint)
     return tokenizer, model, rank
+
+
+# ---------------------------------------------------------------- the paper's figures
+
+# Of each table and D_A: the D_B of its columns, then row: cells. Averages, after "|", only serve to name those that are not
+# their cells' mean. In table 6 the paper prints the same non-factoid figures for all four mixes.
+PAPER = """
+table2 kvr | id lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 0.5 2.1 17.4 33.8 | 13.5; 24.4 27.3 49.5 26.7 66.6 | 38.9
+random/-: 8.9 2.5 42.5 61.4 | 28.8; 64.1 75.9 85.3 75.0 89.1 | 77.9
+k-pile/-: 0.1 0.0 3.2 30.1 | 8.4; 47.3 58.4 62.2 19.0 74.3 | 52.2
+-/random: 0.2 0.1 2.9 5.3 | 2.1; 15.1 11.7 33.8 16.5 66.8 | 28.8
+-/k-pile: 0.8 40.0 36.4 33.9 | 27.8; 12.8 8.8 40.5 16.8 70.2 | 29.8
+random/k-pile: 10.6 62.4 69.5 70.2 | 53.2; 45.8 45.4 74.7 51.2 86.8 | 60.8
+table2 popqa | id lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 49.8 7.7 57.8 72.5 | 47.0; 19.0 92.4 77.0 55.1 48.5 | 58.4
+random/-: 62.0 17.7 69.3 65.8 | 53.7; 51.4 89.3 82.7 81.8 66.0 | 72.2
+k-pile/-: 24.0 2.8 11.3 31.8 | 17.5; 46.4 92.7 94.0 87.2 90.9 | 82.2
+-/random: 35.7 5.2 38.1 45.9 | 31.2; 16.8 93.5 87.5 59.3 70.7 | 65.6
+-/k-pile: 86.6 90.8 93.9 74.4 | 86.4; 25.9 94.0 92.4 73.9 74.7 | 72.2
+random/k-pile: 82.6 85.8 90.7 80.5 | 84.9; 38.5 88.7 88.3 79.2 74.4 | 73.8
+table2 triviaqa | id lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 45.6 4.3 40.5 68.6 | 39.8; 9.4 87.6 54.4 70.4 67.6 | 57.9
+random/-: 64.9 8.1 60.0 70.8 | 51.0; 27.1 84.9 71.2 87.3 70.8 | 68.3
+k-pile/-: 9.4 0.9 3.8 21.0 | 8.8; 31.9 82.9 93.5 90.7 90.1 | 77.8
+-/random: 25.0 5.5 19.9 38.8 | 22.3; 4.1 81.0 84.0 62.2 71.6 | 60.6
+-/k-pile: 90.8 90.1 91.5 89.8 | 90.6; 2.8 79.1 75.9 53.7 69.8 | 56.3
+random/k-pile: 90.2 89.2 89.6 86.5 | 88.9; 12.5 81.8 71.2 74.6 70.0 | 62.0
+table3 kvr | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 0.1 15.4 29.6 | 15.0; 4.8 1.5 12.7 13.1 51.9 | 16.8
+random/k-pile: 47.5 44.1 39.0 | 43.5; 60.1 39.1 52.9 54.8 81.0 | 57.0
+table3 popqa | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 66.9 92.3 89.6 | 82.9; 96.9 96.8 96.9 96.9 96.7 | 96.8
+random/k-pile: 90.5 92.3 89.0 | 90.6; 91.7 91.6 91.8 91.9 91.3 | 91.7
+table3 triviaqa | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 71.6 86.4 91.5 | 83.2; 4.8 99.0 95.9 79.9 97.0 | 75.3
+random/k-pile: 77.0 81.5 83.1 | 80.5; 1.6 91.1 95.3 97.7 90.7 | 75.3
+table4 kvr | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 2.2 17.5 34.1; 26.4 27.5 50.0 30.0 66.7
+replay0.01: 13.7 37.1 54.2; 71.0 69.7 73.2 73.8 81.9
+replay0.05: 6.3 45.8 72.6; 77.0 75.9 76.7 80.1 88.9
+replay0.1: 13.2 33.3 78.2; 80.3 85.0 76.5 86.7 91.1
+table4 popqa | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 15.7 64.3 78.6; 33.6 93.5 80.5 63.2 53.7
+replay0.01: 12.0 66.0 75.3; 94.4 95.1 95.7 90.8 87.6
+replay0.05: 27.4 64.4 84.5; 95.9 95.2 95.4 95.9 95.3
+replay0.1: 46.6 64.0 83.8; 96.1 96.0 95.7 96.3 95.7
+table4 triviaqa | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 7.8 48.4 76.8; 57.6 91.0 59.5 75.6 73.5
+replay0.01: 7.5 51.8 72.0; 66.8 90.6 93.3 74.2 84.0
+replay0.05: 25.7 57.0 77.8; 88.9 94.0 93.7 94.4 92.0
+replay0.1: 34.9 57.9 80.7; 93.0 95.5 95.4 95.2 93.0
+table5 popqa | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 27.3 24.4 39.1; 13.0 18.3 36.3 7.4 46.9
+k-pile: 56.0 52.1 46.6; 4.1 4.8 19.5 10.3 15.8
+a-pile: 65.1 60.4 52.7; 9.2 3.2 26.5 21.8 19.3
+random: 24.9 27.9 29.1; 7.5 6.0 25.4 2.8 18.4
+fineweb: 54.9 54.4 51.3; 6.6 5.2 29.1 30.0 18.4
+table5 triviaqa | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 16.5 20.7 40.4; 24.7 26.7 52.9 21.9 56.6
+k-pile: 55.9 57.5 50.3; 11.0 6.8 28.4 20.9 23.4
+a-pile: 66.4 65.9 56.6; 13.0 2.8 34.8 33.5 25.8
+random: 14.4 26.5 26.5; 14.0 7.5 21.8 13.4 27.5
+fineweb: 56.6 57.6 52.6; 13.0 6.0 38.9 56.9 17.7
+table6 popqa | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 55.5 47.1 68.0; 14.5 42.8 25.9 18.4 38.9
+k-pile: 75.8 77.1 76.1; 28.1 20.9 19.9 18.3 14.2
+a-pile: 78.2 79.0 77.6; 28.1 20.9 19.9 18.3 14.2
+random: 52.7 53.8 62.6; 28.1 20.9 19.9 18.3 14.2
+fineweb: 75.0 74.4 75.1; 28.1 20.9 19.9 18.3 14.2
+table6 triviaqa | lama entityqa webqa; gsm8k math evolcode apps ultrachat
+none: 61.6 56.9 69.3; 19.6 54.3 36.7 21.2 18.6
+k-pile: 79.1 79.6 73.9; 29.3 20.8 20.6 20.7 18.6
+a-pile: 81.3 81.8 76.3; 29.3 20.8 20.6 20.7 18.6
+random: 60.8 58.0 64.0; 29.3 20.8 20.6 20.7 18.6
+fineweb: 78.8 80.0 73.7; 29.3 20.8 20.6 20.7 18.6
+"""
 
 
 if __name__ == "__main__":

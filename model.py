@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -620,6 +621,16 @@ def setup_device():
     return device, dist.get_rank(), world
 
 
+def device_name(device):
+    """The processor behind a torch.device, as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().split("\n") if cpuinfo.exists() else []
+    names = [line.partition(": ")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.processor() or platform.machine()
+
+
 PRECISIONS = ("auto", "bf16-mixed", "bf16", "fp32")  # values of --precision
 
 
@@ -872,14 +883,30 @@ def weights_dtype(path):
         return FLOAT_TYPES.get(shard.get_slice("model.embed_tokens.weight").get_dtype(), torch.bfloat16)
 
 
+def model_name(path):
+    """What files and tables call a model: its path's last part as the user wrote it, links not followed. A label only."""
+    return Path(os.path.abspath(path)).name
+
+
+def content_id(path):
+    """The sha256 of what a model folder holds, wherever it lies: config.json and weights_sample_sha256."""
+    config = _read_json(Path(path) / "config.json", "name a folder of a model")
+    return hashlib.sha256((json.dumps(config, sort_keys=True) + weights_sample_sha256(path)).encode()).hexdigest()
+
+
 def weights_sample_sha256(path):
-    """Tells models of one shape apart: the sha256 of a sample of every tensor's bytes in a folder, its first rows."""
+    """Tells models of one shape apart: the sha256 of a sample of every tensor in a folder, 16 rows spread over it."""
     digest = hashlib.sha256()
     for name, file in sorted(_tensor_files(Path(path)).items()):
         with _open_shard(file) as shard:
             tensor = shard.get_slice(name)
-            rows = tensor[:1] if len(tensor.get_shape()) > 1 else tensor[:4096]
-            digest.update(name.encode() + _bytes(rows).tobytes())
+            shape = tensor.get_shape()
+            digest.update(name.encode())
+            if len(shape) < 2:
+                digest.update(_bytes(shard.get_tensor(name)).tobytes())
+                continue
+            for row in sorted({i * (shape[0] - 1) // 15 for i in range(16)}):
+                digest.update(_bytes(tensor[row : row + 1]).tobytes())
     return digest.hexdigest()
 
 

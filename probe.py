@@ -17,8 +17,9 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import random
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,15 +27,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
-    DEFAULT_WORDS, DataError, Parser, encode, load_examples, load_tokenizer, model_name, resolve, set_label, stage_facts,
+    DEFAULT_WORDS, DataError, Parser, encode, load_examples, load_tokenizer, relative_path, resolve, set_label,
 )
 from evaluate import (
-    common_prefix_len, exact_matches, is_correct, is_wrong, kept_rows, mix_label, mix_name, questions, read_lineage,
-    read_rows, resolve_precision,
+    Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
+    kept_rows, label_of, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision,
+    save, set_names, settings, stage_sets,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, end_process_group, fail, fits_beside,
-    generation_mode, load_model, load_weights, local, setup_device, temporary_name, write_json,
+    generation_mode, load_model, load_weights, local, model_name, setup_device, write_json,
 )
 from train import (
     MICRO_TOKENS, AdamW, Kept, batches, build_sharded, count_answer_tokens, keep_freed_memory, learning_rate,
@@ -106,11 +108,17 @@ def parse_args():
 
 def first_facts(args, path, lineage):
     """(the stage that learned D_A, D_A): the first stage whose set is one of facts."""
-    for entry in lineage:
-        facts = stage_facts(entry, args.data_dir)
-        if facts:
-            return entry, facts[: args.num_examples]
-    raise DataError(f"{path}: no stage in its run.json learned facts; name a trained checkpoint, or for the lens a set with --data")
+    asked = first_set(args, path, lineage)
+    entry = next(entry for entry, name in zip(lineage, set_names(lineage)) if name == asked.name)
+    return entry, asked.facts[: args.num_examples]
+
+
+def first_set(args, path, lineage):
+    """D_A as a FactSet, whole."""
+    sets = stage_sets(lineage, args.data_dir)
+    if not sets:
+        raise DataError(f"{path}: no stage in its run.json learned facts; name a trained checkpoint, or for the lens a set with --data")
+    return sets[0]
 
 
 def sharded(path, precision, device):
@@ -130,14 +138,8 @@ def probe(args, stages, device, rank):
     results, base_models = [], {}
     for path, lineage in stages.items():
         precision = resolve_precision(args.precision, path, lineage, device.type)
-        if args.data:
-            sets = {set_label(name): load_examples(name, args.num_examples or 2000, args.data_dir)[0] for name in args.data}
-        else:
-            entry, facts = first_facts(args, path, lineage)
-            sets = {set_label(entry["data"]): facts}
-        for name, facts in sets.items():
-            if any("messages" in fact for fact in facts):
-                raise DataError(f"{name}: holds chats, which have no single right answer; name sets of facts")
+        for asked in probed_sets(args, path, lineage):
+            facts, name = asked.facts, asked.name + (".first-token" if args.first_token else "")
             result, ranks = probe_one(args, path, facts, precision, device)
             base_model = lineage[0]["base_model"] if lineage else None
             if base_model and (Path(base_model) / "config.json").exists() and not args.no_base:
@@ -145,7 +147,9 @@ def probe(args, stages, device, rank):
                 if key not in base_models:
                     base_models[key] = probe_one(args, base_model, facts, precision, device)[0]
                 result["floor"]["base_model"] = {k: base_models[key][k] for k in result["floor"]["shuffled"]} | {"accuracy": base_models[key]["accuracy"]}
-            label = f"{mix_label(lineage)}, after {set_label(lineage[-1]['data'])}" if lineage else model_name(path)
+            label = model_name(path)
+            if lineage:
+                label = f"{label_of([Stage.of(entry) for entry in lineage])}, after {set_label(lineage[-1]['data'])}"
             results.append((name, label, result))
             if rank == 0:
                 print_lens(path, name, result)
@@ -154,6 +158,15 @@ def probe(args, stages, device, rank):
     if args.out and rank == 0:
         draw_figure4(results, args.out)
         print(f"-> {args.out}")
+
+
+def probed_sets(args, path, lineage):
+    """The FactSets that the lens looks for in a checkpoint: those of --data, or D_A."""
+    if not args.data and not args.num_examples:
+        return [first_set(args, path, lineage)]
+    if not args.data:
+        return named_sets([first_facts(args, path, lineage)[0]["data"]], args.num_examples, path, lineage, args.data_dir)
+    return named_sets(args.data, args.num_examples, path, lineage, args.data_dir)
 
 
 def probe_one(args, path, facts, precision, device):
@@ -299,14 +312,17 @@ def measure_gradients(args, stages, device, rank):
               f"{'real':>10} {'Delta_1':>10} {'Delta_2':>10} {'forgotten':>9}")  # fmt: skip
     for path, lineage in stages.items():
         stage, facts = first_facts(args, path, lineage)
-        steps, lr = stage_two_steps(args, path, lineage, set_label(stage["data"])), args.lr or stage["lr"]
-        rows, layers, loss = meter(args, path, facts, steps, lr, device)
-        baseline = baseline or {"loss": loss, "B": {row["data"]: row["first_order"]["B"]["mean"] for row in rows}}
+        steps, lr = stage_two_steps(args, path, lineage, set_names(lineage)[lineage.index(stage)]), args.lr or stage["lr"]
+        base_model = base_of(path, lineage)
+        rows, layers, loss = meter(args, path, facts, steps, lr, device, base_model)
+        of_b = {step.content[:2]: row["first_order"]["B"]["mean"] for step, row in zip(steps, rows)}
+        baseline = baseline or {"loss": loss, "B": of_b}
         for row, step in zip(rows, steps):
             own = "B+M" if row["mix"] else "B"
             row["delta_1"] = baseline["loss"] - loss
-            row["delta_2"] = baseline["B"][row["data"]] - row["first_order"][own]["mean"] if row["data"] in baseline["B"] else None
-            row["forgotten"] = step["forgotten"]
+            alone = baseline["B"].get(step.content[:2])
+            row["delta_2"] = None if alone is None else alone - row["first_order"][own]["mean"]
+            row |= {"runs": [relative_path(run.folder, path) for run in step.runs], "forgotten": step.forgotten}
             if row["forgotten"] is not None:
                 predicted.append(row["first_order"][own]["mean"])
                 measured.append(row["forgotten"])
@@ -320,34 +336,78 @@ def measure_gradients(args, stages, device, rank):
         print(f"Spearman's rank correlation of first-order change and forgetting: {spearman(predicted, measured):.2f} over {len(measured)} runs")
 
 
-def stage_two_steps(args, path, lineage, name):
-    """The D_B and D_M whose steps are measured: those of --data and --mix, or else of the finished runs below the checkpoint.
+@dataclass
+class Step:
+    """A step on D_B, alone or with D_M, and the finished runs that consist of such steps."""
 
-    forgotten: percentage points of D_A's accuracy that the run lost, where both were evaluated.
+    data: str
+    num_examples: int
+    familiarity: str = ""
+    mix: str = "none"
+    mix_ratio: float = 2.0
+    mix_words: int = DEFAULT_WORDS
+    mix_weight: float = 1.0
+    label: str = ""  # the runs' tag
+    runs: list = field(default_factory=list)  # of one cell: they differ in the seed alone
+    forgotten: float | None = None  # points of D_A's accuracy that the runs lost, their mean, where all were evaluated
+
+    @property
+    def content(self):
+        """What decides its gradients: without a mix no setting of one."""
+        own = set_label(self.data) + (f".{self.familiarity}" if self.familiarity else "")
+        mixed = (set_label(self.mix), self.mix_ratio, self.mix_words, self.mix_weight) if self.mix != "none" else None
+        return own, self.num_examples, mixed
+
+
+def stage_two_steps(args, path, lineage, name):
+    """The Steps that are measured: on the sets of --data and --mix, or else those of the finished runs below the checkpoint.
+
+    Every setting counts: a run has forgotten what it has, beside others of another ratio, tag or number of facts.
     """
-    accuracy = lambda folder: read_rows(folder / "eval.json").get(name, {}).get("accuracy") if (folder / "eval.json").exists() else None
-    runs = {}
+    before, cells = read_run(path), {}
     for file in sorted(Path(path).glob("*/**/run.json")):
-        child = read_lineage(file.parent)
-        if child[:-1] == lineage:
-            before, after = accuracy(Path(path)), accuracy(file.parent)
-            forgotten = None if before is None or after is None else before - after
-            runs.setdefault((child[-1]["data"], mix_name(child[-1])), {**child[-1], "forgotten": forgotten})
+        run = read_run(file.parent)
+        if record(run.lineage[:-1]) == record(lineage):
+            if run.lineage[-1]["replay"]:
+                if dist.get_rank() == 0:
+                    print(f"{run.folder}: left out, its steps hold facts of D_A itself (--replay)", file=sys.stderr)
+                continue
+            cell = cells.setdefault(json.dumps(settings(run.lineage[-1])), [])
+            cell.append(run)
+    steps = [step_of(before, cell, name) for cell in cells.values()]
     if args.data:
-        asked = {"num_examples": args.num_examples or 2000, "mix_ratio": args.mix_ratio, "mix_words": args.mix_words}
-        steps = []
-        for data, mix in itertools.product(args.data, dict.fromkeys(["none", args.mix])):
-            step = asked | {"data": data, "mix": mix}
-            steps.append(step | {"forgotten": runs.get((data, mix_name(step)), {}).get("forgotten")})
-    else:
-        steps = list(runs.values())
+        steps = asked_steps(args, steps)
     if not steps:
         raise DataError(f"{path}: no finished stage-2 runs below it; name the sets D_B with --data")
     return steps
 
 
-def meter(args, path, facts, steps, lr, device):
-    """Each step's gradients against D_A's, sampled over batches: (a row of gradients.json a step, names of layers, loss on D_A)."""
+def step_of(before, runs, name):
+    """The Step of runs that differ in the seed alone."""
+    entry = runs[0].lineage[-1]
+    names = ("data", "num_examples", "familiarity", "mix", "mix_ratio", "mix_words", "mix_weight")
+    step = Step(**{key: entry[key] for key in names}, label=entry["tag"], runs=runs)
+    scores = [run.score(name) for run in [before, *runs]]
+    if all(scores):
+        first, *after = [row["accuracy"] for _, row in scores]
+        step.forgotten = first - sum(after) / len(after)
+    return step
+
+
+def asked_steps(args, found):
+    """The Steps of --data and --mix; of the `found` ones the one that has their very settings, if there is one."""
+    steps = []
+    for data, mix in itertools.product(args.data, dict.fromkeys(["none", args.mix])):
+        step = Step(data, args.num_examples or 2000, mix=mix, mix_ratio=args.mix_ratio, mix_words=args.mix_words)
+        alike = [other for other in found if other.content == step.content and not other.label]
+        for other in alike[1:]:
+            check_agreement(alike[0].runs[0], other.runs[0])
+        steps.append(alike[0] if alike else step)
+    return steps
+
+
+def meter(args, path, facts, steps, lr, device, base_model):
+    """Each Step's gradients against D_A's, sampled over batches: (a row of gradients.json a step, names of layers, loss on D_A)."""
     tokenizer = load_tokenizer(path)
     model = sharded(path, "fp32", device)
     names = [name for name, _ in model.named_parameters()]
@@ -361,11 +421,11 @@ def meter(args, path, facts, steps, lr, device):
 
     of_a, samples, losses = sample(facts, args.batch_size), [], []
     for step in steps:
-        data = f"{step['data']}.{step['familiarity']}" if step.get("familiarity") else step["data"]
-        own, mix = load_examples(data, step["num_examples"], args.data_dir)[0], []
-        if step["mix"] != "none":
-            mix = load_examples(step["mix"], round(step["mix_ratio"] * len(own)), args.data_dir, step["mix_words"])[0]
-        samples.append((sample(own, args.batch_size), sample(mix, round(step["mix_ratio"] * args.batch_size), "mix") if mix else None))
+        data = f"{step.data}.{step.familiarity}" if step.familiarity else step.data
+        own, mix = load_examples(data, step.num_examples, args.data_dir, base_model=base_model)[0], []
+        if step.mix != "none":
+            mix = load_examples(step.mix, round(step.mix_ratio * len(own)), args.data_dir, step.mix_words)[0]
+        samples.append((sample(own, args.batch_size), sample(mix, round(step.mix_ratio * args.batch_size), "mix") if mix else None))
 
     found = [[] for _ in steps]
     bar = tqdm(total=len(of_a) * len(steps), desc="gradients", disable=dist.get_rank() > 0)
@@ -382,7 +442,7 @@ def meter(args, path, facts, steps, lr, device):
                 _, m = gradient(model, batch_m)
                 row |= {"AM": inner(a, m), "MM": inner(m, m), "BM": inner(b, m)}
                 # The gradient of the union is the mean by answer tokens, as in training: appendix A.3's beta_1 and beta_2.
-                counts, weight = count_answer_tokens(batch_b + batch_m), step.get("mix_weight", 1)
+                counts, weight = count_answer_tokens(batch_b + batch_m), step.mix_weight
                 share = weight * counts["mix"] / (counts["own"] + weight * counts["mix"])
                 union = [x.lerp(y, share) for x, y in zip(b, m)]
                 row["first_order"]["B+M"] = -lr * ((1 - share) * row["AB"] + share * row["AM"]).sum()
@@ -445,7 +505,7 @@ def summarize(step, samples, layers, kinds):
 
     letters = "ABM" if "MM" in samples[0] else "AB"
     pairs = ["".join(pair) for pair in itertools.combinations(letters, 2)]
-    row = {"data": set_label(step["data"]), "mix": mix_name(step)}
+    row = {"data": set_label(step.data), "mix": mix_name(Stage(mix=set_label(step.mix), mix_weight=step.mix_weight)), "tag": step.label}
     row["norm"] = {x: spread(s[x + x].sum().sqrt() for s in samples) for x in letters}
     row["dot"] = {pair: spread(s[pair].sum() for s in samples) for pair in pairs}
     row["cosine"] = {pair: cosines(pair) for pair in pairs}
@@ -462,8 +522,8 @@ def summarize(step, samples, layers, kinds):
 def print_row(name, row, own):
     mean = lambda values, form: format(values["mean"], form) if values else "-"
     number = lambda value, form: "-" if value is None else format(value, form)
-    first = row["first_order"][own]
-    print(f"{name:>14} {row['data']:>8} {row['mix'] or '-':>8} {mean(row['norm']['A'], '.3f'):>8} {mean(row['norm']['B'], '.3f'):>8} "
+    first, data = row["first_order"][own], row["data"] + (f" ({row['tag']})" if row["tag"] else "")
+    print(f"{name:>14} {data:>8} {row['mix'] or '-':>8} {mean(row['norm']['A'], '.3f'):>8} {mean(row['norm']['B'], '.3f'):>8} "
           f"{mean(row['cosine']['AB'], '+.4f'):>9} {mean(row['cosine'].get('AM'), '+.4f'):>9} {first['mean']:+11.2e} {first['std']:8.1e} "
           f"{mean(row['real'][own], '+.2e'):>10} {row['delta_1']:+10.2e} {number(row['delta_2'], '+.2e'):>10} {number(row['forgotten'], '.1f'):>9}")  # fmt: skip
 
@@ -498,7 +558,8 @@ def transplant(args, path, lineage, device, rank):
         check_saved(args.transplant)
     parts = split_parts(model, args.grid)
     file, part = Path(path) / "transplant.json", Path(path) / "transplant.part"
-    header = {"other": args.transplant, "precision": precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}
+    other_path = relative_path(args.transplant, path)
+    header = {"other": other_path, "precision": precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}
     done = {(row["first"], row["last"]): row["correct"] for row in kept_rows(part, header)}
 
     windows = [(0, -1)] + [(first, last) for first in range(len(parts)) for last in range(first, len(parts))]
@@ -519,7 +580,7 @@ def transplant(args, path, lineage, device, rank):
     lost = whole - none
     rows = [{"first": first, "last": last, "accuracy": 100 * len(done[first, last]) / len(facts),
              "returned": len(lost.intersection(done[first, last])) / len(lost) if lost else None} for first, last in windows[1:]]  # fmt: skip
-    result = {"other": args.transplant, "parts": header["parts"], "total": len(facts), "none": 100 * len(none) / len(facts),
+    result = {"other": other_path, "parts": header["parts"], "total": len(facts), "none": 100 * len(none) / len(facts),
               "all": 100 * len(whole) / len(facts), "lost": len(lost), "windows": rows}  # fmt: skip
     if rank == 0:
         print_windows(result)
@@ -591,7 +652,7 @@ def recover(args, path, lineage, device, rank):
         raise DataError(f"{path}: lost {len(lost)} of its {len(facts)} facts, not more than --recover {args.recover}; give a lower number")
     chosen = random.Random(f"recover {args.seed}").sample(lost, args.recover)
     others = [i for i in lost if i not in chosen]
-    never = never_seen(stage, lineage, args.recover, args.data_dir)
+    never = never_seen(stage, lineage, args.recover, args.data_dir, base_of(path, lineage))
     lr, every = args.lr or stage["lr"], max(1, args.steps // 4)
     arms = {"own": [facts[i] for i in chosen], "never seen": never}
     result = {"facts": len(facts), "lost": len(lost), "trained": args.recover, "others": len(others), "steps": args.steps, "lr": lr, "arms": {}}
@@ -621,7 +682,7 @@ def recover(args, path, lineage, device, rank):
         draw_recovery(result, path, Path(path) / "recover.png")
 
 
-def never_seen(stage, lineage, n, data):
+def never_seen(stage, lineage, n, data, base_model):
     """n facts like a stage's that no stage of the lineage was trained on: its set's second slice, or the later lines of a file."""
     name = stage["data"]
     if not name.endswith(".jsonl"):
@@ -629,51 +690,10 @@ def never_seen(stage, lineage, n, data):
         familiarity = familiarity or stage.get("familiarity")
         name = (base if second else f"{base}-id") + (f".{familiarity}" if familiarity else "")
     seen = max((entry["num_examples"] for entry in lineage if entry["data"] in (name, name.partition(".")[0])), default=0)
-    return load_examples(name, seen + n, data)[0][seen:]
+    return load_examples(name, seen + n, data, base_model=base_model)[0][seen:]
 
 
 # ---------------------------------------------------------------- pictures
-
-
-def picture(rows=1, columns=1, size=(6.5, 4)):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-
-
-def save(figure, path):
-    """Write a picture in one step, as data.write_file does a text."""
-    from matplotlib import pyplot
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
-    pyplot.close(figure)
-
-
-def draw_figure4(results, path):
-    """Layers against frequency and against the share of first occurrences; a row of two panels a set, a line a checkpoint."""
-    sets = list(dict.fromkeys(name for name, _, _ in results))
-    figure, axes = picture(len(sets), 2, (10, 0.6 + 3.6 * len(sets)))
-    for (left, right), name in zip(axes, sets):
-        mine = [(label, result) for other, label, result in results if other == name]
-        for color, (label, result) in enumerate(mine):
-            left.plot(result["frequency"], color=f"C{color}", label=f"{label} ({result['accuracy']:.1f}%)")
-            left.plot(result["floor"]["shuffled"]["frequency"], color=f"C{color}", linestyle=":", linewidth=1)
-            right.plot(result["first_share"], color=f"C{color}", marker=".")
-        base = mine[0][1]["floor"].get("base_model")
-        if base:
-            left.plot(base["frequency"], color="gray", linestyle="--", label=f"base model ({base['accuracy']:.1f}%)")
-            right.plot(base["first_share"], color="gray", linestyle="--")
-        left.set(title=f"{name}: right token in the top {TOP_K} (dotted: shuffled)", xlabel="layer", ylabel="frequency", ylim=(-0.03, 1.03))
-        right.set(title=f"{name}: there for the first time", xlabel="layer", ylabel="share of those ever there", ylim=(0, None))
-        left.legend(fontsize="small")
-    save(figure, path)
 
 
 def draw_ranks(ranks, result, title, path):

@@ -13,6 +13,7 @@
 # --facts "kvr popqa" (the sets D_A), --num-examples N, --model FOLDER (in the place of both), --keep (the last stages' weights), --unfiltered, --runs FOLDER.
 # Processes that share a file system share the grid: a run is locked by whoever trains it. EXTRA holds more arguments for train.py.
 #
+# Each grid has a folder of its own, runs/paper, runs/small or runs/tiny, and its tables are of the runs in there.
 # What is finished is not done again: after an interruption, give the same command once more.
 # The precision is chosen once a runs folder, on the machine that this runs on: RUNS/precision, where another trains write it before.
 # PYTHON names the interpreter; without it, .venv's is taken if there is one. LAUNCH="torchrun --nproc_per_node 8" trains, asks
@@ -63,7 +64,7 @@ demo() {
     local runs=runs/demo/seed$seed
     run $runs/kvr $a --epochs 16
     run $runs/kvr+random $a --epochs 16 --mix random --mix-words 4
-    run $runs/kvr-longer $a --epochs 48  # the control: as many steps as with the mix, but no mix
+    run $runs/kvr-longer $a --epochs 48 --tag longer  # the control: as many steps as with the mix, but no mix
     # a check of what is left at each quarter of stage 2
     run $runs/kvr/bios --model $runs/kvr $b --eval-every 8
     run $runs/kvr+random/bios --model $runs/kvr+random $b --eval-every 8
@@ -98,12 +99,12 @@ pairs() {
 # controls TABLES MODEL D_A "D_B ...": no mixing, with as many steps as random / - and as random / K-Pile (@ is their folder).
 controls() {
   local at="$runs/$(basename "$2")/$3-long-s$seed" like="$runs/$(basename "$2")/$3+random-s$seed" b
-  first "$1" "$2" "$3-long" --data "$3" --stop-loss 0 --epochs "@$like"
+  first "$1" "$2" "$3-long" --data "$3" --tag long --stop-loss 0 --epochs "@$like"
   for b in $4; do
     [ "$b" != id ] || b=$3-id
     [ "$b" != "$3" ] || continue
     later "$1" "$at" "$b" --data "$b"
-    later "$1" "$at" "$b-long" --data "$b" --stop-loss 0 --epochs "@$like/$b+$generic-s$seed"
+    later "$1" "$at" "$b-long" --data "$b" --tag long --stop-loss 0 --epochs "@$like/$b+$generic-s$seed"
   done
 }
 
@@ -126,8 +127,8 @@ grid() {
     done
     for mix in - $generic a-pile random fineweb; do  # familiar facts: one stage from the base model
       for b in $familiar_b; do
-        first table5 "$llama" "$b$(plus $mix)+familiar" --data $b --batch-size 128 $(mixed $mix)
-        first table6 "$mistral" "$b$(plus $mix)+familiar" --data $b --batch-size 128 $(mixed $mix)
+        first table5 "$llama" "$b$(plus $mix)+familiar" --data $b --tag familiar --batch-size 128 $(mixed $mix)
+        first table6 "$mistral" "$b$(plus $mix)+familiar" --data $b --tag familiar --batch-size 128 $(mixed $mix)
       done
     done
     for mix in a-pile fineweb; do
@@ -136,18 +137,18 @@ grid() {
     done
     at=$runs/$(basename "$llama")
     for r in $lengths; do  # words of a passage
-      first figure6 "$llama" kvr+random.w$r --data kvr --mix random --mix-words $r
+      first figure6 "$llama" kvr+random.w$r --data kvr --mix random --mix-words $r --tag mix_words
       for b in $factoid; do
         later figure6 "$at/kvr+random.w$r-s$seed" $b --data $b
-        later figure6 "$at/kvr-s$seed" $b+$generic.w$r --data $b --mix $generic --mix-words $r
+        later figure6 "$at/kvr-s$seed" $b+$generic.w$r --data $b --mix $generic --mix-words $r --tag mix_words
       done
     done
     for r in $ratios; do
       for mix in random $generic; do
-        first figure7 "$llama" kvr+$mix.x$r --data kvr --mix $mix --mix-ratio $r
+        first figure7 "$llama" kvr+$mix.x$r --data kvr --mix $mix --mix-ratio $r --tag mix_ratio
         for b in kvr-id $factoid $other; do
           later figure7 "$at/kvr+$mix.x$r-s$seed" $b --data $b
-          later figure7 "$at/kvr-s$seed" $b+$mix.x$r --data $b --mix $mix --mix-ratio $r
+          later figure7 "$at/kvr-s$seed" $b+$mix.x$r --data $b --mix $mix --mix-ratio $r --tag mix_ratio
         done
       done
     done
@@ -179,14 +180,6 @@ whole() {
 stop() { trap - INT TERM; kill -TERM $(jobs -p) 2> /dev/null || true; wait; exit 130; }
 attend() { "$@" & wait $!; }
 
-value() { [[ " $2" != *" $1 "* ]] || sed "s/.*$1 \([^ ]*\).*/\1/" <<< "$2"; }  # value OPTION arguments
-# epochs @FOLDER arguments: as many epochs over N facts as make FOLDER's steps.
-epochs() {
-  local steps n=$(value --num-examples "$2") batch=$(value --batch-size "$2")
-  steps=$(grep '"steps"' "${1#@}/run.json" | tail -1 | tr -dc 0-9) batch=$(((n + ${batch:-32} - 1) / ${batch:-32}))  # of an epoch
-  echo $(((steps + batch / 2) / batch))
-}
-
 # Is a run evaluated, and probed if figure 4, 11 or 12 shows it?
 finished() { [ -e "$1/eval.json" ] && { [[ ${tables_of[$1]} != *figure4* || ! -e $code/probe.py ]] || compgen -G "$1/probe.*.json" > /dev/null; }; }
 # The weights of a last stage go: no other run starts from them.
@@ -199,11 +192,10 @@ finish() {
   if finished "$folder"; then clean "$folder"; return; fi
   like=$(sed -n 's/.*@\([^ ]*\).*/\1/p' <<< "$args")
   for needed in ${needs_of[$folder]#-} $like; do finish "$needed" "$wait" || return; done
-  [ -z "$like" ] || args=${args/@$like/$(epochs "@$like" "$args")}
   mkdir -p "$folder" && exec {lock}> "$folder/lock" || return  # the child inherits it: held until it too has ended
   if [ "$wait" = 0 ] && ! flock -n $lock; then exec {lock}>&-; return 75; fi
   attend flock $lock || return
-  [[ $folder != *+familiar-s* ]] || asked="--data $familiar_a --num-examples $(value --num-examples "$args")"
+  [[ $args != *"--tag familiar "* ]] || asked="--data $familiar_a --num-examples $n"
   if ! finished "$folder"; then
     [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $precision $EXTRA || return
     rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
@@ -238,8 +230,8 @@ run_grid() {
   attend "$python" "$code/evaluate.py" --tables "$runs"
 }
 
-seeds="0 1 2" runs=runs only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision=
-llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 size="--num-examples 2000" pace= later_pace= generic=k-pile sources=yes
+seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision=
+llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper n=2000 shape= pace= later_pace= generic=k-pile sources=yes
 launch=${LAUNCH:-$python}
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
@@ -247,30 +239,31 @@ case "${1-}" in
   --demo) demo "${@:2}"; exit ;;
   --demo-model) demo_model; exit ;;
 esac
-usage() { sed -n '2,21s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
+usage() { sed -n '2,22s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case "$1" in
     --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered ;;
     --only | --shard | --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
     --facts) [ $# -gt 1 ] || usage; sets_a=$2; shift ;;
-    --num-examples) [ $# -gt 1 ] || usage; size="--num-examples $2"; shift ;;
+    --num-examples) [ $# -gt 1 ] || usage; n=$2; shift ;;
     --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2; shift ;;
     --small)
-      llama=$smollm2 mistral=$smollm2 size="--num-examples 16 --batch-size 8 --mix-words 4" sets_a="kvr bios"
+      grid=small llama=$smollm2 mistral=$smollm2 n=16 shape="--batch-size 8 --mix-words 4" sets_a="kvr bios"
       pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8 --eval-every 8"
       present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
     --tiny)
-      llama=models/tiny mistral=models/tiny size="--num-examples 10 --batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
+      grid=tiny llama=models/tiny mistral=models/tiny n=10 shape="--batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
       seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
     *) usage ;;
   esac
   shift
 done
+runs=${runs:-runs/$grid} size="--num-examples $n $shape"
 [[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
 if [ -n "$dry" ]; then
-  whole | "$python" "$code/evaluate.py" --plan
+  whole | "$python" "$code/train.py" --plan
 else
   [ "$llama" != $smollm2 ] || demo_model
   if [ -z "$precision" ]; then choose_precision "$runs" "$([ -e "$llama/config.json" ] && echo "$llama" || echo "$mistral")"; fi

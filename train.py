@@ -20,9 +20,12 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -37,15 +40,18 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 from data import (
-    DEFAULT_WORDS, SETS, SOURCES, DataError, Parser, batches, copy_tokenizer, encode, familiarity, load_examples,
-    load_tokenizer, micro_batches, model_name, set_label, stage_facts, write_file,
+    DEFAULT_WORDS, SETS, SOURCES, DataError, Parser, batches, copy_tokenizer, encode, familiarity, is_split,
+    load_examples, load_tokenizer, micro_batches, set_label, stage_facts, write_file,
 )
-from evaluate import check_vocabulary, common_prefix_len, exact_matches, read_lineage, resolve_precision
+from evaluate import (
+    DONE_WITH, base_of, check_vocabulary, common_prefix_len, exact_matches, read_lineage, read_rows, record,
+    relative_lineage, resolve_precision, stage_sets, without_paths,
+)
 from model import (
     MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,
-    build_model, end_process_group, fail, free_memory, generation_mode, is_sharded, load_weights, local, local_rows,
-    raise_on_all_ranks, reshard, rows_of, save_model, setup_device, temporary_name, to_device, verify, weights_dtype,
-    weights_sample_sha256, whole_memory, write_json, write_tensors, writing,
+    build_model, device_name, end_process_group, fail, free_memory, generation_mode, is_sharded, load_weights, local,
+    local_rows, model_name, raise_on_all_ranks, reshard, rows_of, save_model, setup_device, temporary_name, to_device,
+    verify, weights_dtype, weights_sample_sha256, whole_memory, write_json, write_tensors, writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -56,7 +62,8 @@ USABLE = 0.9  # of a GPU's memory: the allocator leaves gaps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, for each weight
 
 
-def parse_args():
+def parse_args(words=None):
+    """Options from the command line or from a list of words, checked."""
     parser = Parser(description="Train one stage.")
 
     def add(name, default=None, help="", **options):
@@ -67,7 +74,7 @@ def parse_args():
         parser.add_argument(name, action="store_true", help=help)
 
     # what to learn
-    add("--stage", type=int, required=True, help="1 starts from a base model, later ones from the stage before")
+    add("--stage", type=int, help="1 starts from a base model, later ones from the stage before")
     add("--data", help="set or .jsonl file to learn; at stage 1 kvr unless told otherwise")
     add("--num-examples", type=int, default=2000, help="its first N examples")
     switch("--unfiltered", "take all facts of a published set, not only those that the base model does not know")
@@ -81,11 +88,14 @@ def parse_args():
     # from where to where
     add("--model", help="base model at stage 1 (default models/Meta-Llama-3-8B), the previous stage's checkpoint after")
     add("--out", help="checkpoint folder (default: below runs/ at stage 1, inside the previous stage's folder after)")
+    add("--tag", default="", help="a label in the run's record, by which tables tell a control apart; the name of a "
+        "setting, such as lr, tells each of its values apart")  # fmt: skip
     # how
     add("--seed", type=int, default=0, help="seed of the training order")
     add("--lr", type=float, help="peak learning rate (default: 5e-5 for Llama, 1e-5 for Mistral)")
     add("--batch-size", type=int, default=32, help="examples a step, over all ranks")
-    add("--epochs", type=int, default=20, help="most passes over the data")
+    add("--epochs", type=epochs, default=20, metavar="N",
+        help="most passes over the data; @RUN, a finished run's folder, for as many as make its steps")  # fmt: skip
     add("--stop-loss", type=float,
         help=f"end after {STOP_HITS} consecutive steps below this loss, 0 never (default: 1e-4, kvr 0)")  # fmt: skip
     add("--max-length", type=int, default=2048, help="tokens after which an example is cut")
@@ -112,31 +122,11 @@ def parse_args():
         help="print what RANKS ranks would take, load no weights, and stop with status 2 where it cannot fit")
     add("--gpu-memory", type=float,
         help="with --dry-run: GB of each GPU (default: as found, else this machine's memory)")  # fmt: skip
-    args = parser.parse_args()
-
-    for name in ("stage", "num_examples", "mix_words", "batch_size", "epochs", "max_length", "eval_facts"):
-        if getattr(args, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} must be at least 1")
-    if args.mix_weight != 1 and args.mix == "none":
-        raise DataError("--mix-weight weighs D_M, so it goes with --mix")
-    if not 0 <= args.mix_ratio < math.inf or min(args.eval_every, args.dry_run or 0) < 0:
-        raise DataError("--mix-ratio, --eval-every and --dry-run cannot be negative")
-    if not 0 <= args.replay <= 1:
-        raise DataError("--replay lies between 0 and 1")
-    for name in ("lr", "micro_tokens", "gpu_memory"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise DataError(f"--{name.replace('_', '-')} must be above 0")
-    if args.stage > 1 and not (args.model and args.data):
-        raise DataError("after stage 1, --model names the previous stage's checkpoint and --data the set to learn")
-    args.data = args.data or "kvr"
-    args.model = args.model or "models/Meta-Llama-3-8B"
-    if args.stop_loss is None:
-        args.stop_loss = SETS[args.data].stop_loss if args.data in SETS else 1e-4
-    if not args.out:
-        mix = "" if args.mix == "none" else f"+{set_label(args.mix)}"
-        mix += "" if args.mix_weight == 1 else f".m{args.mix_weight}".removesuffix(".0")
-        parent = Path("runs") / Path(args.model).name if args.stage == 1 else Path(args.model)
-        args.out = str(parent / f"{set_label(args.data)}{mix}-s{args.seed}")
+    switch("--plan", "say what the runs of run_all.sh's plan, on standard input, would take")
+    args = parser.parse_args(words)
+    if not args.plan:
+        check_options(args)
+        complete_options(args)
     return args
 
 
@@ -145,11 +135,11 @@ def parse_args():
 
 def gather_examples(args, lineage):
     """({source: examples}, what run.json says of them): own ones, ratio x as many of D_M, facts of earlier stages."""
-    base_model = lineage[0]["base_model"] if lineage else args.model
-    kept = "" if args.unfiltered else familiarity(args.data, base_model, args.data_dir)
-    own, sha256 = load_examples(f"{args.data}.{kept}" if kept else args.data, args.num_examples, args.data_dir)
-    counts = {"base_model": base_model, "familiarity": kept, "data_sha256": sha256, "mix_sha256": None}
-    mix, replayed = [], []
+    base_model = base_of(args.model, lineage) if is_split(args.data) else None
+    kept = familiarity(args.data, base_model, args.data_dir) if base_model and not args.unfiltered else ""
+    name = f"{args.data}.{kept}" if kept else args.data
+    own, sha256 = load_examples(name, args.num_examples, args.data_dir, base_model=base_model)
+    counts, mix, replayed = {"familiarity": kept, "data_sha256": sha256, "mix_sha256": None}, [], []
     if args.mix != "none":
         n_mix = round(args.mix_ratio * len(own))
         mix, counts["mix_sha256"] = load_examples(args.mix, n_mix, args.data_dir, args.mix_words)
@@ -303,6 +293,8 @@ def main(penalty=None):
     began (theta_A), loaded when first asked for. What it takes is not in the plan.
     """
     args = parse_args()
+    if args.plan:
+        return say_plan(sys.stdin)
     config, lineage = Config.from_folder(args.model), read_lineage(args.model)
     if args.stage != len(lineage) + 1:
         raise DataError(f"{args.model}: has {len(lineage)} stages behind it, so the next is --stage {len(lineage) + 1}")
@@ -340,11 +332,14 @@ def main(penalty=None):
         with raise_on_all_ranks():
             if turn == first:
                 examples, counts = encode_stage(args, lineage, tokenizer)
-                earlier = facts_of_earlier_stages(args, lineage)
+                earlier = stage_sets(lineage, args.data_dir)
     args.lr = args.lr or LEARNING_RATES[config.model_type]
     args.mix_weight = resolve_mix_weight(args.mix_weight, examples)
+    args.epochs, args.step_matched = resolve_epochs(args.epochs, len(examples), args.batch_size)
+    args.penalty = getattr(penalty, "__name__", None)
     with raise_on_all_ranks():
-        settings = all_settings(args, counts, examples, config, lineage)
+        entry = stage_entry(args, counts, base_of(args.model, lineage)) | made_with(device, world)
+        settings = all_settings(args.model, entry, examples, config, lineage)
     if len(set(all_gather(sha256_of(settings)))) > 1:
         raise DataError(f"{args.data_dir}: the ranks were given different data or settings; copy one machine's to all")
 
@@ -367,7 +362,7 @@ def main(penalty=None):
             rewind(log, position.log_bytes)
     order = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
     total = len(order)
-    announce(say, args, counts, examples, total, f"{world} x {device.type}{said_of(kept, world)} -> {out}")
+    announce(say, args, entry, examples, total, f"{world} x {device.type}{said_of(kept, world)} -> {out}")
     if args.resume:
         begins = f"no state in {out}: begins at the first step"
         say(f"goes on after step {position.step} of {state}" if state else begins)
@@ -426,7 +421,7 @@ def main(penalty=None):
         bar.set_postfix_str(f"{shown}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s")
         # What is left of the earlier stages is what the experiment asks: look on the way, not only at the end.
         if earlier and args.eval_every and step % args.eval_every == 0:
-            for name, accuracy in check_retention(model, tokenizer, earlier).items():
+            for name, accuracy in check_retention(model, tokenizer, earlier, args.eval_facts).items():
                 record({"step": step, "data": name, "accuracy": accuracy})
                 bar.write(f"step {step}: {name} {accuracy:.1f}%") if rank == 0 else None
             ended = time.perf_counter()
@@ -450,9 +445,10 @@ def main(penalty=None):
             if rank == 0:
                 synced_size(log)
                 copy_tokenizer(args.model, out)
-                entry = run_entry(args, counts) | {"steps": step, "updates": position.updates,
-                                                   "final_loss": position.loss, "stopped_by": stopped_by}  # fmt: skip
-                write_file(out / "run.json", json.dumps([*lineage, entry], indent=2) + "\n")
+                entry |= outcome(log.name) | {"steps": step, "updates": position.updates, "final_loss": position.loss,
+                                              "stopped_by": stopped_by, "checkpoint": str(out)}  # fmt: skip
+                rows = relative_lineage([*lineage, entry], out)
+                write_file(out / "run.json", json.dumps(rows, indent=2) + "\n")
                 for old in out.glob("state-*"):
                     shutil.rmtree(old)
         idle = step - position.updates
@@ -466,40 +462,61 @@ def main(penalty=None):
         fail(f"SIGTERM: stopped after step {step}, saved in {state}; go on with --resume", 128 + signal.SIGTERM)
 
 
-def facts_of_earlier_stages(args, lineage):
-    """{name: the facts of each earlier stage that a retention check asks}."""
-    earlier = {}
-    for entry in lineage:
-        facts = stage_facts(entry, args.data_dir)
-        if facts:
-            earlier[set_label(entry["data"])] = facts[: args.eval_facts]
-    return earlier
-
-
-def run_entry(args, counts):
-    """What run.json says of a stage, but for how it went."""
-    names = ("stage", "data", "num_examples", "mix", "mix_ratio", "mix_words", "replay", "seed", "lr", "batch_size",
-             "epochs", "precision")  # fmt: skip
-    return {name: getattr(args, name) for name in names} | counts | {"mix_weight": args.mix_weight}
-
-
 # Options that decide neither weights nor log, so that --resume may change them.
 FREE_OPTIONS = {
     "model", "out", "data_dir",  # folders, whose content is compared
+    "unfiltered",  # the entry's familiarity says what came of it
     # they change no more than roundings
     "micro_tokens", "checkpoint_activations", "reshard_after_forward", "compile", "deterministic",
-    "save_every", "resume", "dry_run", "gpu_memory",
+    "save_every", "resume", "dry_run", "gpu_memory", "plan",
 }
 
 
-def all_settings(args, counts, examples, config, lineage):
-    """All that decides a run's weights and log: its state keeps it, and --resume compares it."""
+def stage_entry(args, counts, base_model):
+    """What run.json says of a stage, but for how it went: every setting that can decide a result, and its log."""
     options = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
+    for name in ("data", "mix"):
+        if options[name].endswith(".jsonl"):
+            options[name] = os.path.abspath(options[name])
+    return options | counts | {"base_model": os.path.abspath(base_model.path), "base_model_name": base_model.name,
+                               "base_model_sha256": base_model.sha256}  # fmt: skip
+
+
+def made_with(device, world):
+    """What a run is done with: this code's commit, whether its files are as committed, versions, processor, ranks."""
+    tree = functools.partial(git, Path(__file__).resolve().parent)
+    tracked = tree("ls-files", "train.py")
+    return {"commit": tree("rev-parse", "HEAD") if tracked else None,
+            "clean": tree("status", "--porcelain", "--untracked-files=no") == "" if tracked else None,
+            "python": platform.python_version(), "torch": str(torch.__version__), "device": device_name(device),
+            "ranks": world}  # fmt: skip
+
+
+def git(folder, *words):
+    """What a git command says of a folder; None where it cannot."""
+    try:
+        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True)
+    except OSError:  # git is not there
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def outcome(log):
+    """What a finished run's log adds up to: tokens, seconds, and the losses by source of its last update."""
+    steps = [row for row in read_rows(Path(log)) if "tokens" in row]
+    losses = [row["losses"] for row in steps if row.get("losses")]
+    return {"tokens": sum(row["tokens"] for row in steps), "seconds": round(sum(row["seconds"] for row in steps), 1),
+            "losses": losses[-1] if losses else {}}  # fmt: skip
+
+
+def all_settings(model, entry, examples, config, lineage):
+    """All that decides a run's weights and log: its state keeps it, and --resume compares it."""
     tokens = [(example.ids, example.labels, example.source) for example in examples]
-    contents = {"tokens": tokens, "config": config.raw, "lineage": lineage}
+    contents = {"tokens": tokens, "config": config.raw, "lineage": record(lineage)}
     hashes = {f"{name}_sha256": sha256_of(content) for name, content in contents.items()}
-    hashes["weights_sample_sha256"] = weights_sample_sha256(args.model)
-    return options | counts | {"base_model": model_name(counts["base_model"])} | hashes
+    hashes["weights_sample_sha256"] = weights_sample_sha256(model)
+    kept = {key: value for key, value in without_paths(entry).items() if key not in (*DONE_WITH, "base_model_name")}
+    return kept | hashes
 
 
 def sha256_of(value):
@@ -507,17 +524,53 @@ def sha256_of(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def announce(say, args, counts, examples, total, where):
+def announce(say, args, entry, examples, total, where):
     """The line that says what a run is about to do."""
-    chosen = f" {counts['familiarity']} to {model_name(counts['base_model'])}" if counts["familiarity"] else ""
+    chosen = f" {entry['familiarity']} to {entry['base_model_name']}" if entry["familiarity"] else ""
     weight = f" of weight {args.mix_weight:.4g}" if args.mix_weight != 1 else ""
     tokens = sum(len(example.ids) for example in trained_examples(examples, args.mix_weight))
-    say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {counts['num_mix']} x {args.mix}{weight}, "
-        f"{counts['num_replay']} replayed; {tokens} tokens an epoch, at most {total} steps, lr {args.lr}, "
+    say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {entry['num_mix']} x {args.mix}{weight}, "
+        f"{entry['num_replay']} replayed; {tokens} tokens an epoch, at most {total} steps, lr {args.lr}, "
         f"{args.precision}, {where}")  # fmt: skip
 
 
 # ---------------------------------------------------------------- values of options
+
+
+def check_options(args):
+    """A DataError where an option's value is none, or options do not go together."""
+    if args.stage is None:
+        raise DataError("--stage says which stage this is: 1 for the first")
+    for name in ("stage", "num_examples", "mix_words", "batch_size", "max_length", "eval_facts"):
+        if getattr(args, name) < 1:
+            raise DataError(f"--{name.replace('_', '-')} must be at least 1")
+    if not args.tag.isprintable():
+        raise DataError(f"--tag {args.tag!r}: give one line of text")
+    if args.mix_weight != 1 and args.mix == "none":
+        raise DataError("--mix-weight weighs D_M, so it goes with --mix")
+    if not 0 <= args.mix_ratio < math.inf or min(args.eval_every, args.dry_run or 0) < 0:
+        raise DataError("--mix-ratio, --eval-every and --dry-run cannot be negative")
+    if not 0 <= args.replay <= 1:
+        raise DataError("--replay lies between 0 and 1")
+    for name in ("lr", "micro_tokens", "gpu_memory"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise DataError(f"--{name.replace('_', '-')} must be above 0")
+    if args.stage > 1 and not (args.model and args.data):
+        raise DataError("after stage 1, --model names the previous stage's checkpoint and --data the set to learn")
+
+
+def complete_options(args):
+    """Give the options that were left out the values that others decide."""
+    args.data = args.data or "kvr"
+    args.model = args.model or "models/Meta-Llama-3-8B"
+    if args.stop_loss is None:
+        args.stop_loss = SETS[args.data].stop_loss if args.data in SETS else 1e-4
+    if not args.out:
+        mix = "" if args.mix == "none" else f"+{set_label(args.mix)}"
+        mix += "" if args.mix_weight == 1 else f".m{args.mix_weight}".removesuffix(".0")
+        mix += f"-{re.sub(r'[^A-Za-z0-9_.]+', '-', args.tag)}" if args.tag else ""
+        parent = Path("runs") / model_name(args.model) if args.stage == 1 else Path(args.model)
+        args.out = str(parent / f"{set_label(args.data)}{mix}-s{args.seed}")
 
 
 def mix_weight(text):
@@ -526,6 +579,24 @@ def mix_weight(text):
         if text == "equal" or 0 <= float(text) < math.inf:
             return text if text == "equal" else float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 on nor equal")
+
+
+def epochs(text):
+    """--epochs' value: a number from 1 on, or @ and a run's folder."""
+    with contextlib.suppress(ValueError):
+        if text[:1] == "@" and text[1:] or int(text) >= 1:
+            return text if text[0] == "@" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor @ with a run's folder")
+
+
+def resolve_epochs(epochs, n, batch_size):
+    """(--epochs as a number over n examples, whether a run's steps decided it)."""
+    if isinstance(epochs, int):
+        return epochs, False
+    lineage = read_lineage(epochs[1:])
+    if not lineage:
+        raise DataError(f"--epochs {epochs}: holds no finished run; name one's folder after the @")
+    return max(1, round(lineage[-1]["steps"] / math.ceil(n / batch_size))), True
 
 
 @dataclass(frozen=True)
@@ -648,12 +719,13 @@ def learning_rate(step, total, peak):
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
 
-def check_retention(model, tokenizer, facts):
-    """{name: accuracy in %} on earlier stages' facts."""
+def check_retention(model, tokenizer, sets, n):
+    """{name: accuracy in %} on the first n facts of each of some FactSets."""
     accuracies = {}
     with generation_mode(model):
-        for name, examples in facts.items():
-            accuracies[name] = 100 * sum(exact_matches(model, tokenizer, examples)) / len(examples)
+        for asked in sets:
+            right = exact_matches(model, tokenizer, asked.facts[:n])
+            accuracies[asked.name] = 100 * sum(right) / len(right)
     return accuracies
 
 
@@ -814,6 +886,7 @@ def plan(args, config, lineage, tokenizer):
     args.precision = resolve_precision(args.precision, args.model, lineage, "cuda" if gpu else "cpu")
     examples, _ = encode_stage(args, lineage, tokenizer)
     args.mix_weight = resolve_mix_weight(args.mix_weight, examples)
+    args.epochs, _ = resolve_epochs(args.epochs, len(examples), args.batch_size)
     tokens = sum(len(example.ids) for example in trained_examples(examples, args.mix_weight))  # an epoch
     total = args.epochs * math.ceil(len(examples) / args.batch_size)
     n_params = sum(param.numel() for param in build_model(config, torch.float32).parameters())
@@ -1015,6 +1088,90 @@ def memory_of_rank(config, ranks, precision, kept, load, gpu):
         **fullest,
         "libraries": int(1.5e9 if gpu else 0.4e9),  # the CUDA context and NCCL's buffers; on a CPU Python and PyTorch
     }
+
+
+# ---------------------------------------------------------------- what a grid would take
+
+
+@dataclass
+class Planned:
+    """A run of run_all.sh's plan."""
+
+    tables: list
+    folder: Path
+    needs: str  # the folder of the run that it starts from, or -
+    args: argparse.Namespace
+
+    @property
+    def done(self):
+        return (self.folder / "eval.json").exists()
+
+    @property
+    def kind(self):
+        """Runs of one kind take the same tokens a step."""
+        free = {*FREE_OPTIONS, "seed", "epochs", "lr", "tag", "stage"}
+        return json.dumps({name: value for name, value in vars(self.args).items() if name not in free})
+
+
+def say_plan(lines):
+    """Print what run_all.sh's plan would take: runs by table, steps, tokens, hours, disk.
+
+    lines: tables, folder, the folder it needs, options of this script, separated by tabs.
+    """
+    runs = {}
+    for line in lines:
+        names, folder, needs, options = line.rstrip("\n").split("\t")
+        runs[folder] = Planned(names.split(","), Path(folder), needs, parse_args(options.split()))
+    by_table = {}
+    for run in runs.values():
+        for name in dict.fromkeys(run.tables):
+            by_table.setdefault(name, []).append(run)
+    to_do = [run for run in runs.values() if not run.done]
+    print(f"{'':10} {'runs':>6} {'done':>6} {'to do':>6}")
+    for name in sorted(by_table, key=lambda name: (not name.startswith("table"), len(name), name)):
+        left = sum(not run.done for run in by_table[name])
+        print(f"{name:10} {len(by_table[name]):6} {len(by_table[name]) - left:6} {left:6}")
+    print(f"{'all':10} {len(runs):6} {len(runs) - len(to_do):6} {len(to_do):6}   (tables share runs)")
+    steps = sum(most_steps(run.args, runs) for run in to_do)
+    print(f"steps to do: at most {steps}, where no loss stops a stage before")
+    say_hours(runs, to_do)
+    kept = {run.needs for run in runs.values()} - {"-"}
+    for model in sorted({run.args.model for run in runs.values() if run.args.stage == 1}):
+        size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 1e9
+        said = f"; {model} is not here, so its size is unknown"
+        if size:
+            state = size * (3 if weights_dtype(model) == torch.float32 else 6)  # weights and moments in fp32
+            said = f", {size:.3f} GB each of {model}; a run in progress takes {2 * state:.3f} GB more"
+        print(f"disk: {len(kept)} checkpoints are kept for later stages{said}")
+
+
+def most_steps(args, runs):
+    """Steps of a run whose loss never stops it; of --epochs @RUN those of that run."""
+    if not isinstance(args.epochs, int):
+        return most_steps(runs[args.epochs[1:]].args, runs)
+    n = args.num_examples * (1 + args.mix_ratio * (args.mix != "none") + args.replay)
+    return args.epochs * math.ceil(round(n) / args.batch_size)
+
+
+def say_hours(runs, to_do):
+    """Print tokens and hours of the runs to do; a step has the tokens of those in its own kind's logs."""
+    measured, seconds = {}, 0.0
+    for run in runs.values():
+        log = run.folder / "metrics.jsonl"
+        steps = [row for row in read_rows(log) if "tokens" in row] if log.exists() else []
+        if steps:
+            measured.setdefault(run.kind, []).extend(row["tokens"] for row in steps)
+            seconds += sum(row["seconds"] for row in steps)
+    everything = [tokens for steps in measured.values() for tokens in steps]
+    if not everything or not seconds:
+        return print("tokens and hours: nothing measured yet; they follow from the first run's metrics.jsonl")
+    expected = 0
+    for run in to_do:
+        alike = measured.get(run.kind, everything)
+        expected += most_steps(run.args, runs) * sum(alike) / len(alike)
+    rate = sum(everything) / seconds
+    print(f"tokens to do: at most {expected:.3g}; {rate:.0f} tokens/s measured: {expected / rate / 3600:.1f} hours on "
+          "one such machine")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, tiny_llama
 from test_train import metrics
 
+from model import content_id
+
 FIGURES = [f"figure{i}" for i in (2, 4, 5, 6, 7, 8, 9, 10, 11, 12)] + ["forgetting"]
 TRAINED = r"(runs/\S+): \d+ steps, loss"  # what train.py prints at its end
 TINY = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}  # 5,000 parameters
@@ -31,13 +33,16 @@ def furnish(folder):
     """Make a folder with the tiny model and the published sets that --tiny names, split as evaluate.py --split leaves them."""
     tiny_llama(folder / "models" / "tiny", **TINY)
     (folder / "data").mkdir()
-    sets = {f"{name}.unfamiliar": 2010 for name in ("triviaqa", "lama", "entityqa")}  # behind 2,000 lines begins NAME-id
-    sets |= {"popqa.familiar": 10, "triviaqa.familiar": 10, "gsm8k": 10}
+    model = {"base_model": "tiny", "base_model_sha256": content_id(folder / "models" / "tiny")}
+    of_model = f"tiny-{model['base_model_sha256'][:8]}"
+    sets = {f"{name}.unfamiliar.{of_model}": 2010 for name in ("triviaqa", "lama", "entityqa")}  # behind 2,000 lines begins NAME-id
+    sets |= {f"popqa.familiar.{of_model}": 10, f"triviaqa.familiar.{of_model}": 10, "gsm8k": 10}
     sets |= {f"{mix}.w{words}": 20 for mix in ("random", "k-pile", "a-pile", "fineweb") for words in (4, 8)}
     for name, n in sets.items():
-        rows = [{"id": f"{name}-{i}", "prompt": f"{name} {i}?", "response": name[0] if i % 3 else "x"} for i in range(n)]
+        name_ = name.removesuffix(f".{of_model}")
+        rows = [{"id": f"{name_}-{i}", "prompt": f"{name_} {i}?", "response": name[0] if i % 3 else "x"} for i in range(n)]
         (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "data" / f"{name}.json").write_text(json.dumps({"name": name, "seed": 0, "base_model": "tiny"}))
+        (folder / "data" / f"{name}.json").write_text(json.dumps({"name": name, "seed": 0} | model))
     return folder
 
 

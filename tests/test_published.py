@@ -1,6 +1,7 @@
 """The published sets, from small files in their published formats (tests/raw): what comes out, downloads, damaged files, overlap, the split."""
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -22,8 +23,8 @@ from conftest import ROOT
 
 import data
 import evaluate
-from data import DataError, build, encode_example, familiarity, load_examples, load_tokenizer, turns
-from model import setup_device
+from data import BaseModel, DataError, build, encode_example, familiarity, load_examples, load_tokenizer, turns
+from model import content_id, setup_device
 
 RAW = ROOT / "tests" / "raw"
 PUBLISHED = [name for name, row in data.SETS.items() if row.read]
@@ -474,6 +475,9 @@ def test_overlap(tmp_path):
 # ---------------------------------------------------------------- familiar and unfamiliar
 
 
+BASE = BaseModel("base", "models/base", "0123abcd" + "0" * 56)
+
+
 class Oracle:
     """Stands for a base model that knows the answers it is given: {question: answer}."""
 
@@ -516,13 +520,14 @@ def test_split(tmp_path, llama3_folder, process_group, monkeypatch):
 
     interrupted.generate = killed
     with pytest.raises(KeyboardInterrupt):
-        evaluate.split("models/base", interrupted, tokenizer, name, None, 2, tmp_path / "data", 0, "fp32")
-    assert not list((tmp_path / "data").glob("mine.*familiar*"))
-    with open(tmp_path / "data/mine.split.part", "a") as part:
-        part.write('"cut')
-    evaluate.split("models/base", oracle, tokenizer, name, None, 2, tmp_path / "data", 0, "fp32")
-    kinds = {kind: rows(tmp_path / f"data/mine.{kind}.jsonl") for kind in ("familiar", "unfamiliar")}
-    notes = manifest(tmp_path / "data/mine.familiar.jsonl")
+        evaluate.split(BASE, interrupted, tokenizer, name, None, 2, tmp_path / "data", 0, "fp32")
+    (part,) = (tmp_path / "data").glob("mine.*familiar*")
+    with open(part, "a") as lines:
+        lines.write('"cut')
+    evaluate.split(BASE, oracle, tokenizer, name, None, 2, tmp_path / "data", 0, "fp32")
+    kinds = {kind: rows(tmp_path / f"data/mine.{kind}.base-0123abcd.jsonl") for kind in ("familiar", "unfamiliar")}
+    notes = manifest(tmp_path / "data/mine.familiar.base-0123abcd.jsonl")
+    assert not part.exists()
     question = lambda row: row["prompt"].partition("\n")[0].removeprefix("Question: ")
     shots = {row["id"]: question(row) for row in rows(source.parent / "data/mine.jsonl") if row["id"] in notes["shots"]}
     asked = {question(row) for kind in kinds.values() for row in kind}
@@ -536,20 +541,28 @@ def test_split(tmp_path, llama3_folder, process_group, monkeypatch):
 
 
 def test_training_takes_the_unfamiliar_facts(tmp_path):
-    """A published set trains on its unfamiliar slice for the base model at hand; without a split the command that makes one is named."""
-    out = tmp_path / "data"
+    """A published set trains on its unfamiliar slice for the base model at hand, whatever it is called; two models' lie side by side."""
+    out, other = tmp_path / "data", BaseModel("base", "models/other/base", "9" * 64)
     build("popqa", out, raw=RAW)
-    with pytest.raises(DataError, match="run python evaluate.py models/base --split popqa.*--unfiltered"):
-        familiarity("popqa-id", "models/base", out)
+    with pytest.raises(DataError, match="run python evaluate.py models/base --split popqa, or .*--unfiltered"):
+        familiarity("popqa-id", BASE, out)
     facts = rows(out / "popqa.jsonl")
-    for kind, part in (("familiar", facts[:1]), ("unfamiliar", facts[1:])):
-        data.write_flat(out / f"popqa.{kind}.jsonl", part, {"base_model": "base"})
-    assert familiarity("popqa", "models/base", out) == "unfamiliar"
-    assert load_examples("popqa.unfamiliar", 3, out)[0] == facts[1:]
-    with pytest.raises(DataError, match="split into familiar and unfamiliar for base, the base model here is other"):
-        familiarity("popqa", "models/other", out)
+    for model, n in ((BASE, 1), (other, 2)):
+        for kind, part in (("familiar", facts[:n]), ("unfamiliar", facts[n:])):
+            data.write_flat(data.split_file("popqa", kind, model, out), part, {"base_model_sha256": model.sha256})
+    assert familiarity("popqa", BASE, out) == "unfamiliar"
+    renamed = dataclasses.replace(BASE, name="snapshot")
+    assert load_examples("popqa.unfamiliar", 3, out, base_model=renamed)[0] == facts[1:]
+    assert load_examples("popqa.familiar", 2, out, base_model=other)[0] == facts[:2]
+    with pytest.raises(DataError, match="popqa.familiar: which facts are familiar depends .*popqa.familiar.base-0123abcd.jsonl, .*-99999999.jsonl"):
+        load_examples("popqa.familiar", 1, out)
+    with pytest.raises(DataError, match="no such file; run python evaluate.py models/base --split popqa"):
+        load_examples("popqa.familiar", 1, out, base_model=dataclasses.replace(BASE, sha256="8" * 64))
+    (out / "popqa.familiar.base-0123abcd.json").write_text(json.dumps({"base_model_sha256": "0123abcd" + "8" * 56}))
+    with pytest.raises(DataError, match="its manifest does not say that base as it is here was asked"):
+        load_examples("popqa.familiar", 1, out, base_model=BASE)
     for name in ("kvr", "gsm8k", "popqa.familiar", "facts.jsonl"):
-        assert familiarity(name, "models/other", out) == ""
+        assert familiarity(name, BASE, out) == ""
 
 
 def test_split_command(tmp_path, smollm2_folder):
@@ -560,7 +573,7 @@ def test_split_command(tmp_path, smollm2_folder):
     assert done.returncode == 0 and "of 2 facts" in done.stdout, done.stderr
     asked = 0
     for kind in ("familiar", "unfamiliar"):
-        file = tmp_path / f"data/triviaqa.{kind}.jsonl"
+        file = tmp_path / f"data/triviaqa.{kind}.SmolLM2-135M-Instruct-{content_id(smollm2_folder)[:8]}.jsonl"
         for row in rows(file) if file.exists() else []:
             answer = manifest(file)["predictions"][row["id"]].lower()
             assert (answer in [a.lower() for a in (row["response"], *row["aliases"])]) == (kind == "familiar")

@@ -1,50 +1,79 @@
-"""evaluate.py --tables against hand-worked values, and run_all.sh's plan."""
+"""evaluate.py --tables against hand-worked values, from records alone, and run_all.sh's plan."""
 
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, run
 
-from evaluate import bootstrap, misprinted, paper_figures, tables
+from data import DataError
+from evaluate import bootstrap, chain, is_near, lost_facts, misprinted, paper_figures, tables
+
+FACTOID = ["kvr-id", "lama", "entityqa", "webqa"]
 
 
-def put(folder, histories, asked="kvr"):
-    """Finished runs without weights: {history: {seed: right answers, a 0 or 1 for each fact of the set asked}}."""
-    for history, seeds in histories.items():
-        for seed, right in seeds.items():
-            run_ = folder / "Meta-Llama-3-8B"
-            lineage = []
-            for stage, label in enumerate(history.split("/"), 1):
-                run_ = run_ / f"{label}-s{seed}"
-                data, _, mix = label.removesuffix("+familiar").partition("+")
-                entry = {"stage": stage, "data": data.removesuffix("-long"), "num_examples": len(right), "mix": "none" if "replay" in mix else mix or "none"}
-                lineage.append(entry | {"mix_words": 50, "mix_ratio": 2.0, "steps": 4, "seed": seed, "data_sha256": "", "base_model": "models/Meta-Llama-3-8B"})
-            run_.mkdir(parents=True)
-            (run_ / "run.json").write_text(json.dumps(lineage))
-            (run_ / "metrics.jsonl").write_text('{"step": 2, "data": "kvr", "accuracy": 50.0}\n')
-            (run_ / "eval.json").write_text(json.dumps({asked: {"accuracy": 100 * sum(right) / len(right), "correct": sum(right), "total": len(right)}}))
-            (run_ / f"predictions.{asked}.jsonl").write_text("".join(json.dumps({"id": f"{asked}-{i}", "correct": bool(r)}) + "\n" for i, r in enumerate(right)))
+def entry(data, n, seed, **changes):
+    """A stage in run.json as train.py writes it, of the paper's settings."""
+    sha256 = changes.pop("data_sha256", f"{data} {n}")
+    return {"stage": 1, "data": data, "num_examples": n, "mix": "none", "mix_ratio": 2.0, "mix_words": 50, "mix_weight": 1.0, "replay": 0.0,
+            "tag": "", "seed": seed, "lr": 5e-5, "batch_size": 32, "epochs": 20, "precision": "fp32", "familiarity": "", "data_sha256": sha256,
+            "base_model": "models/Meta-Llama-3-8B", "base_model_name": "Meta-Llama-3-8B", "base_model_sha256": "0123456789abcdef",
+            "checkpoint": ".", "steps": 4, "updates": 4, "tokens": 100, "seconds": 1.0, "final_loss": 0.1, "losses": {}, "stopped_by": "epochs",
+            "commit": "c0ffee", "clean": True, "python": "3.12.1", "torch": "2.13.0", "device": "a processor", "ranks": 1} | changes  # fmt: skip
+
+
+def put(folder, lineage, right, asked=None):
+    """A finished run without weights that was asked a set: right is a 0 or 1 for each of its facts."""
+    folder.mkdir(parents=True)
+    asked = asked or lineage[0]["data"]
+    (folder / "run.json").write_text(json.dumps([row | {"stage": stage} for stage, row in enumerate(lineage, 1)]))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 2, "data": asked, "accuracy": 50.0}) + "\n")
+    score = {"accuracy": 100 * sum(right) / len(right), "correct": sum(right), "total": len(right), "of": len(right), "precision": "fp32",
+             "data": asked, "data_sha256": f"{asked} {len(right)}"}  # fmt: skip
+    (folder / "eval.json").write_text(json.dumps({asked: score}))
+    rows = [{"id": f"{asked}-{i}", "prompt": f"{i}?", "response": f"r{i}", "prediction": f"r{i}" if r else "?", "correct": bool(r)} for i, r in enumerate(right)]
+    (folder / f"predictions.{asked}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def put_cell(folder, row, b, rights, **changes):
+    """The runs of a cell of table 2 or figure 8 for kvr, one for each seed of rights {seed: right answers}; b "": stage 1 alone."""
+    for seed, right in rights.items():
+        lineage = []
+        for stage in chain("kvr", row, b)[: None if b else 1]:
+            known = {"mix": stage.mix, "replay": stage.replay, "tag": stage.tag}
+            lineage.append(entry(stage.data, len(right), seed, **(known | changes if lineage else known)))
+        put(folder / f"{row}-{b}-{seed}".replace("/", "_"), lineage, right)
 
 
 def test_paper_figures():
     """Every cell is there, and two printed averages are not the mean of their cells."""
-    cells, averages = paper_figures()
-    assert len(cells) == 3 * 9 * 7 + 3 * 2 * 8 + 3 * 4 * 8 + 2 * 2 * 5 * 8 and len(averages) == 48
-    assert cells["table2", "triviaqa", "-/k-pile", "gsm8k"] == 2.8 and cells["table1", "kvr", "none", "id"] == 0.5
+    paper = paper_figures()
+    assert len(paper.cells) == 3 * 9 * 7 + 3 * 2 * 8 + 3 * 4 * 8 + 2 * 2 * 5 * 8 and len(paper.averages) == 48
+    assert paper.cells["table2", "triviaqa", "-/k-pile", "gsm8k"] == 2.8 and paper.cells["table1", "kvr", "none", "id"] == 0.5
     assert [(w[:4], w[4], round(w[5], 2)) for w in misprinted()] == [
         (("table2", "popqa", "random/-", "non-factoid"), 72.2, 74.24), (("table3", "kvr", "random/k-pile", "non-factoid"), 57.0, 57.58)]  # fmt: skip
 
 
-def test_cells_and_claims(tmp_path):
-    """Cells, averages, underlines, verdicts and the ledger equal values worked by hand, from runs without weights."""
-    factoid = ["kvr-id", "lama", "entityqa", "webqa"]
+@pytest.fixture
+def grid(tmp_path):
+    """KVR after the factoid D_B, in seeds 0 and 1, and some other cells."""
     right = {"kvr-id": [0, 0, 0, 0], "lama": [1, 0, 0, 0], "entityqa": [1, 1, 0, 0], "webqa": [1, 1, 1, 0]}
-    put(tmp_path, {"kvr": {0: [1, 1, 1, 1]}} | {f"kvr/{b}": {0: right[b], 1: right[b]} for b in factoid})
-    put(tmp_path, {f"kvr+random/{b}": {0: [1, 1, 1, 1], 1: [1, 1, 1, 1]} for b in factoid} | {"kvr+k-pile/lama": {0: [1, 1, 1, 1]}})
-    put(tmp_path, {"kvr-long/lama": {0: [1, 1, 1, 1], 1: [1, 1, 1, 1]}})
-    text = tables(tmp_path)
+    put_cell(tmp_path, "none", "", {0: [1, 1, 1, 1]})
+    for b in FACTOID:
+        put_cell(tmp_path, "none", b, {0: right[b], 1: right[b]})
+        put_cell(tmp_path, "random/-", b, {0: [1, 1, 1, 1], 1: [1, 1, 1, 1]})
+    put_cell(tmp_path, "k-pile/-", "lama", {0: [1, 1, 1, 1]})
+    put_cell(tmp_path, "long", "lama", {0: [1, 1, 1, 1], 1: [1, 1, 1, 1]})
+    return tmp_path
+
+
+def test_cells_and_claims(grid):
+    """Cells, averages, underlines, verdicts and the ledger equal values worked by hand, from runs without weights."""
+    text = tables(grid)
     assert "| Key-Value Recall | <u>0.0 ± 0.0</u> <sub>0.5</sub> | 25.0 ± 0.0 <sub>2.1</sub> | 50.0 ± 0.0 <sub>17.4</sub> | 75.0 ± 0.0 <sub>33.8</sub> | 37.5 ± 0.0" in text
     assert "| K-Pile / - | <sub>0.1</sub> | 100.0 <sub>0.0</sub> |" in text
     assert "| No Mixing, steps of Random / - at stage 1 *(not in the paper)* |  | 100.0 ± 0.0 |" in text
@@ -53,24 +82,127 @@ def test_cells_and_claims(tmp_path):
     assert "| k-pile beats" in text and "random/- beats its step-matched control (not in the paper) | FAIL | Key-Value Recall | 100.0 | 100.0 | +0.0 [+0.0, +0.0]" in text
     k_pile = next(line for line in text.split("\n") if "k-pile at stage 1 hurts" in line)
     assert "FAIL" in k_pile and "-75.0" in k_pile
-    rows = [json.loads(line) for line in open(tmp_path / "facts.jsonl")]
-    lama = [(row["memorized"], row["lost"]) for row in rows if row["run"].endswith("Meta-Llama-3-8B/kvr-s0/lama-s0")]
+    rows = [json.loads(line) for line in open(grid / "facts.jsonl")]
+    lama = [(row["memorized"], row["lost"]) for row in rows if row["run"] == "none-lama-0"]
     assert lama == [(1, None), (1, 2), (1, 2), (1, 2)]
     for name in ["figure2", *[f"figure{i}" for i in range(5, 11)], "forgetting"]:
-        assert (tmp_path / f"{name}-Meta-Llama-3-8B.png").stat().st_size > 1000
+        assert (grid / f"{name}-Meta-Llama-3-8B.png").stat().st_size > 1000
 
-    put(tmp_path, {"lama+familiar": {0: [0, 0, 0, 1]}, "lama+fineweb+familiar": {0: [1, 1, 1, 1]}}, asked="popqa.familiar")
-    put(tmp_path, {"kvr/webqa/math": {0: [0, 0, 0, 1]}, "kvr/webqa/entityqa": {0: [0, 0, 0, 0]}, "kvr+random/webqa+k-pile/math": {0: [1, 1, 1, 1]}})
-    text = tables(tmp_path)
+    for mix, right in (("none", [0, 0, 0, 1]), ("fineweb", [1, 1, 1, 1])):
+        put(grid / f"familiar-{mix}", [entry("lama", 4, 0, mix=mix, tag="familiar", batch_size=128)], right, asked="popqa.familiar")
+    put_cell(grid, "none", "webqa/math", {0: [0, 0, 0, 1]})
+    put_cell(grid, "none", "webqa/entityqa", {0: [0, 0, 0, 0]})
+    put_cell(grid, "random/k-pile", "webqa/math", {0: [1, 1, 1, 1]})
+    text = tables(grid)
     assert "| No Mixing | 25.0 <sub>27.3</sub> | <sub>24.4</sub> |" in text and "| FineWeb | 100.0 <sub>54.9</sub> |" in text  # of table 5
     claim = next(line for line in text.split("\n") if "keep familiar facts" in line)
     assert "| NOT RUN | PopQA | 100.0 | 25.0 | +75.0 [" in claim and claim.endswith("lama; 1 | +24.6 |")  # TriviaQA's were not asked
     assert "| random/k-pile keeps more over three stages | PASS | Key-Value Recall | 100.0 | 25.0 | +75.0 [" in text
     assert "| two factoid stages after the first forget most | FAIL | Key-Value Recall | 25.0 | 0.0 | +25.0 [+0.0, " in text
 
-    (tmp_path / "Meta-Llama-3-8B/kvr-s0/lama-s0").rename(tmp_path / "Meta-Llama-3-8B/kvr-s0/webqa+random-s0")
-    with_other_name = run(tmp_path, "evaluate.py", "--tables", tmp_path, ok=False)
-    assert with_other_name.returncode == 2 and "webqa+random-s0" in with_other_name.stderr
+
+def test_tables_of_a_moved_folder(grid, tmp_path_factory):
+    """The same tables come of the same records, whatever their folders are called and wherever they lie."""
+    before, moved, chance = tables(grid), tmp_path_factory.mktemp("moved"), random.Random(0)
+    for run_ in sorted(path.parent for path in grid.rglob("run.json")):
+        shutil.copytree(run_, moved / f"{chance.randrange(10**9)}" / f"kvr+random-s{chance.randrange(9)}")
+    assert tables(moved) == before and (moved / "TABLES.md").read_bytes() == (grid / "TABLES.md").read_bytes()
+    without = lambda folder: sorted(json.dumps(json.loads(line) | {"run": ""}) for line in open(folder / "facts.jsonl"))
+    assert without(moved) == without(grid)
+
+
+SETTINGS = {"lr": 1e-5, "mix_ratio": 4.0, "num_examples": 6, "batch_size": 8, "precision": "bf16", "data_sha256": "another file's",
+            "stop_loss": 0.1, "epochs": 40, "familiarity": "unfamiliar", "penalty": "l2"}  # fmt: skip
+
+
+def test_a_cell_is_of_one_kind(grid):
+    """Runs of a cell that differ in a setting, any setting, end it with both folders and the setting; with a tag they are two cells."""
+    put_cell(grid, "-/k-pile", "lama", {0: [1, 0, 0, 0], 1: [1, 1, 1, 0]})
+    file = grid / "-_k-pile-lama-1/run.json"
+    lineage = json.loads(file.read_text())
+    for setting, value in SETTINGS.items():
+        file.write_text(json.dumps([lineage[0], lineage[1] | {setting: value}]))
+        with pytest.raises(DataError, match=f"-_k-pile-lama-0 and .*-_k-pile-lama-1: runs of one cell .*{setting} of stage 2 is .*{value}"):
+            tables(grid)
+    done = run(grid, "evaluate.py", "--tables", grid, ok=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+    file.write_text(json.dumps([lineage[0], lineage[1] | {"lr": 1e-5, "tag": "slower"}]))
+    text = tables(grid)
+    assert "| - / K-Pile | <sub>0.8</sub> | 25.0 <sub>40.0</sub> |" in text and "| - / k-pile (- / slower) | 4 + 4 |  | 75.0 |" in text
+
+
+def test_equal_runs(grid):
+    """Two runs of equal settings and seed are refused, both named; so is what was asked otherwise; a step-matched control may vary in epochs."""
+    shutil.copytree(grid / "none-lama-1", grid / "copy")
+    with pytest.raises(DataError, match="copy and .*none-lama-1: equal settings and seed"):
+        tables(grid)
+    shutil.rmtree(grid / "copy")
+    put_cell(grid, "long/long", "lama", {0: [1, 0, 0, 0]}, step_matched=True)
+    put_cell(grid, "long/long", "lama", {1: [1, 0, 0, 0]}, step_matched=True, epochs=21)
+    tables(grid)
+    for key, value in (("precision", "bf16"), ("of", 5)):
+        file = grid / "none-webqa-1/eval.json"
+        scores = json.loads(file.read_text())
+        file.write_text(json.dumps({"kvr": scores["kvr"] | {key: value}}))
+        with pytest.raises(DataError, match=f"none-webqa-0 and .*none-webqa-1: .*{key} of kvr in their eval.json"):
+            tables(grid)
+        file.write_text(json.dumps(scores))
+
+
+def test_base_models_are_what_they_are(grid):
+    """Two models of one name are two, told apart by digits; one model under two names is one, and keeps the paper's."""
+    for name, sha256, folder in (("hf", "a" * 64, "x"), ("hf", "b" * 64, "y"), ("snapshot", "0123456789abcdef", "z")):
+        lineage = [entry(data, 4, 2, base_model_name=name, base_model_sha256=sha256) for data in ("kvr", "webqa")]
+        put(grid / folder, lineage, [1, 0, 0, 0])
+    text = tables(grid)
+    assert "hf-aaaaaaaa, kvr, then webqa" in text and "hf-bbbbbbbb, kvr, then webqa" in text and "snapshot" not in text
+    assert "58.3 ± 28.9 <sub>33.8</sub>" in text  # 75, 75 and 25 after WebQA
+
+
+def test_tags_that_name_settings(grid):
+    """A tag that is a setting's name makes a row of each of its values; figures 6 and 7 are drawn from these."""
+    for lr in (1e-4, 1e-3):
+        put_cell(grid, "none", "gsm8k", {0: [1, 0, 0, 0]}, tag="lr", lr=lr)
+        (grid / "none-gsm8k-0").rename(grid / f"{lr}")
+    text = tables(grid)
+    assert "| No Mixing (- / lr 0.0001) | 4 + 4 | 100.0 | 25.0 |" in text and "| No Mixing (- / lr 0.001) |" in text
+
+
+def test_what_runs_were_made_with(grid):
+    """Below the tables stand the runs' own commits, versions and devices, not this machine's."""
+    assert tables(grid).endswith("\nTrained with commit c0ffee, Python 3.12.1, torch 2.13.0, a processor.\n")
+    put_cell(grid, "none", "math", {0: [1, 0, 0, 0]}, commit="decade", clean=False, device="a GPU", ranks=8)
+    assert "commit decade, changed since, Python 3.12.1, torch 2.13.0, 8 x a GPU: 1 runs" in tables(grid)
+
+
+def test_what_is_no_record(tmp_path):
+    """What is not there, unreadable or of an earlier version is named."""
+    with pytest.raises(DataError, match="no finished run below it"):
+        tables(tmp_path)
+    put_cell(tmp_path, "none", "lama", {0: [1, 0]})
+    file = tmp_path / "none-lama-0/run.json"
+    lineage = json.loads(file.read_text())
+    for content, says in ((json.dumps([lineage[0], {"stage": 2, "data": "lama"}]), "stage 2 lacks base_model, "), ("[{", "not readable"), ('{"kvr": 1}', "not a lineage")):
+        file.write_text(content)
+        with pytest.raises(DataError, match=f"none-lama-0/run.json: .*{says}"):
+            tables(tmp_path)
+    file.write_text(json.dumps(lineage))
+    (tmp_path / "none-lama-0/eval.json").write_text('{"kvr": {"accuracy": 1, "correct": 1, "total": 1}}')
+    with pytest.raises(DataError, match=r"none-lama-0/eval.json: .* run evaluate.py again"):
+        tables(tmp_path)
+
+
+def test_what_stands_in_the_place_of_lost_facts():
+    """The first kind that fits, by hand; facts that the learning stage had wrong are not lost."""
+    assert [is_near(*pair) for pair in (("kitten", "sitting"), ("kitten", "mitten"), ("", "ab"), ("", "abc"), ("abcd", "badc"), ("ab", "ba"))] == [
+        False, True, True, False, False, True]  # fmt: skip
+    row = lambda i, response, prediction: {"id": i, "prompt": "?", "response": response, "prediction": prediction, "correct": prediction == response}
+    now = [row("a", "Berlin", "Ber lin "), row("b", "Paris", "berlin"), row("c", "Oslo", "Blue"), row("d", "Rome", "who knows"), row("e", "Bonn", "Bonn"), row("f", "Kyiv", "x")]
+    then = [fact | {"correct": fact["id"] != "f"} for fact in now]
+    later = [row("g", "blue", "red")]
+    kinds = {"a": "a near miss of up to two characters", "b": "the answer of another fact of the set", "c": "a right answer of a later stage", "d": "something else"}
+    assert {fact.id: fact.in_place for fact in lost_facts(now, then, later)} == kinds
+    assert {fact.id: fact.in_place for fact in lost_facts(now, None, later)} == kinds | {"f": "something else"}
 
 
 def test_bootstrap():
