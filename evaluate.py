@@ -226,6 +226,11 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     facts = [fact for i, fact in enumerate(pool) if i not in shots][:n]
     header = {"base_model": base_model.name, "base_model_sha256": base_model.sha256, "name": base, "data_sha256": sha256,
               "shots": [pool[i]["id"] for i in shots], "precision": precision}  # fmt: skip
+    for file in target.values():
+        manifest = file.with_suffix(".json")
+        before = read_rows(manifest) if manifest.exists() else {}
+        if before.get("data_sha256") == sha256 and before["asked"] > len(facts):
+            raise DataError(f"{file}: made by asking {before['asked']} facts, more than these {len(facts)}; remove it to ask fewer")
     part = target["familiar"].with_suffix(".part")
     answers = kept_rows(part, header)[: len(facts)]
     shown = "".join(f"{pool[i]['prompt']} {pool[i]['response']}\n\n" for i in shots)
@@ -461,7 +466,7 @@ def cells_of(runs):
 
 def check_agreement(one, two):
     """A DataError where two runs of a cell differ in more than the seed."""
-    differing = []
+    (one, two), differing = sorted([one, two], key=lambda run: str(run.folder)), []
     for stage, (first, second) in enumerate(zip(one.lineage, two.lineage), 1):
         matched = first.get("step_matched") and second.get("step_matched")  # as many steps, whatever epochs that takes
         first, second = settings(first), settings(second)
@@ -484,8 +489,8 @@ def accuracies(grid, stages, data):
     for seeds, run in grid.cells.get(stages, {}).items():
         if score := run.score(data):
             found[seeds] = (run, score[1])
-    for run, row in found.values():
-        first, expected = next(iter(found.values()))
+    for run, row in sorted(found.values(), key=lambda item: str(item[0].folder)):
+        first, expected = min(found.values(), key=lambda item: str(item[0].folder))
         for key in ("total", "of", "precision", "data_sha256"):
             if row[key] != expected[key]:
                 raise DataError(f"{both(first, run)}: runs of one cell ({label_of(run.stages)}), but {key} of {data} in their eval.json is "
@@ -805,9 +810,9 @@ def layout_of(grid):
 
 
 def in_order(names):
-    """Sets as SETS has them, then others by name."""
-    known = list(SETS)
-    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+    """ID, then sets as SETS has them, then others by name; of several stages' sets by the first."""
+    known = {name: place for place, name in enumerate(["id", *SETS])}
+    return sorted(names, key=lambda name: (known.get(name.partition("/")[0], len(known)), name))
 
 
 def row_label(row):

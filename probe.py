@@ -399,7 +399,8 @@ def asked_steps(args, found):
     steps = []
     for data, mix in itertools.product(args.data, dict.fromkeys(["none", args.mix])):
         step = Step(data, args.num_examples or 2000, mix=mix, mix_ratio=args.mix_ratio, mix_words=args.mix_words)
-        alike = [other for other in found if other.content == step.content and not other.label]
+        alike = [other for other in found if other.content == step.content]
+        alike = [other for other in alike if not other.label] or alike  # rather than a control
         for other in alike[1:]:
             check_agreement(alike[0].runs[0], other.runs[0])
         steps.append(alike[0] if alike else step)

@@ -195,7 +195,7 @@ finish() {
   mkdir -p "$folder" && exec {lock}> "$folder/lock" || return  # the child inherits it: held until it too has ended
   if [ "$wait" = 0 ] && ! flock -n $lock; then exec {lock}>&-; return 75; fi
   attend flock $lock || return
-  [[ $args != *"--tag familiar "* ]] || asked="--data $familiar_a --num-examples $n"
+  [[ $args != *"--tag familiar "* ]] || asked="--data $familiar_a --num-examples $examples"
   if ! finished "$folder"; then
     [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $precision $EXTRA || return
     rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
@@ -231,7 +231,7 @@ run_grid() {
 }
 
 seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision=
-llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper n=2000 shape= pace= later_pace= generic=k-pile sources=yes
+llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper examples=2000 shape= pace= later_pace= generic=k-pile sources=yes
 launch=${LAUNCH:-$python}
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
@@ -245,22 +245,22 @@ while [ $# -gt 0 ]; do
     --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered ;;
     --only | --shard | --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
     --facts) [ $# -gt 1 ] || usage; sets_a=$2; shift ;;
-    --num-examples) [ $# -gt 1 ] || usage; n=$2; shift ;;
+    --num-examples) [ $# -gt 1 ] || usage; examples=$2; shift ;;
     --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2; shift ;;
     --small)
-      grid=small llama=$smollm2 mistral=$smollm2 n=16 shape="--batch-size 8 --mix-words 4" sets_a="kvr bios"
+      grid=small llama=$smollm2 mistral=$smollm2 examples=16 shape="--batch-size 8 --mix-words 4" sets_a="kvr bios"
       pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8 --eval-every 8"
       present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
     --tiny)
-      grid=tiny llama=models/tiny mistral=models/tiny n=10 shape="--batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
+      grid=tiny llama=models/tiny mistral=models/tiny examples=10 shape="--batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
       seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
     *) usage ;;
   esac
   shift
 done
-runs=${runs:-runs/$grid} size="--num-examples $n $shape"
+runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
 [[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
 if [ -n "$dry" ]; then
   whole | "$python" "$code/train.py" --plan

@@ -66,7 +66,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermed
           "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "float32"}  # fmt: skip
 
 
-def tiny_llama(folder, **changes):
+def tiny_llama(folder, seed=0, **changes):
     """A folder with a tiny random Llama and a tokenizer of single bytes in Llama 3's format; changes go into its config.json."""
     import torch
 
@@ -75,7 +75,7 @@ def tiny_llama(folder, **changes):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Transformer(Config.from_folder(folder))
     for name, weight in model.named_parameters():
         if weight.dim() > 1:

@@ -1,0 +1,213 @@
+"""A run is what its record says: every command on real runs of a tiny model, none of which trusts a name."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, run, tiny_llama
+
+from data import split_file
+from evaluate import base_of, named_sets, read_lineage, set_names
+from model import content_id, model_name
+
+ONE = ["train.py", "--stage", 1, "--model", "models/tiny", "--batch-size", 4, "--lr", 3e-3, "--precision", "fp32"]
+TWO = ["train.py", "--stage", 2, "--batch-size", 4, "--lr", 3e-3, "--epochs", 6, "--eval-every", 3, "--mix-words", 3]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def facts(path, n, answer):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"id": f"{i}", "prompt": f"{path.parent.name} {i}?", "response": f"{answer}{i}"}) + "\n" for i in range(n)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(work):
+    """Stage 1 on a/facts.jsonl, known by heart; below it runs on b/facts.jsonl, and on bios in several ways; all evaluated."""
+    for name, answer in (("a", "red"), ("b", "blue")):
+        facts(work / name / "facts.jsonl", 6, answer)
+    run(work, *ONE, "--data", "a/facts.jsonl", "--num-examples", 6, "--epochs", 120, "--out", "runs/one")
+    bios = ["--data", "bios", "--num-examples", 4]
+    stages = {"two": ["--data", "b/facts.jsonl", "--num-examples", 6, "--epochs", 60], "plain": bios, "replayed": [*bios, "--replay", 0.5],
+              "mixed": [*bios, "--mix", "random", "--mix-ratio", 1], "twice": [*bios, "--mix", "random", "--mix-ratio", 2, "--tag", "mix_ratio"]}  # fmt: skip
+    for name, options in stages.items():
+        run(work, *TWO, *options, "--model", "runs/one", "--out", f"runs/one/{name}")
+    for name in ("", *stages):
+        run(work, "evaluate.py", f"runs/one/{name}")
+    return work / "runs"
+
+
+def test_record(runs):
+    """run.json holds settings, outcome, what it was done with and hashes; its paths are relative to where it lies."""
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    one, mixed = read(runs / "one/mixed/run.json")
+    assert (mixed["commit"], mixed["ranks"], mixed["device"] != "", type(mixed["clean"])) == (head or None, 1, True, bool if head else type(None))
+    log = [json.loads(line) for line in open(runs / "one/mixed/metrics.jsonl")]
+    steps = [row for row in log if "tokens" in row]
+    assert mixed["tokens"] == sum(row["tokens"] for row in steps) and mixed["losses"] == steps[-1]["losses"] and set(mixed["losses"]) == {"own", "mix"}
+    assert mixed["seconds"] == pytest.approx(sum(row["seconds"] for row in steps), abs=0.1)
+    assert (one["base_model"], one["base_model_name"], one["base_model_sha256"]) == ("../../../models/tiny", "tiny", content_id(runs.parent / "models/tiny"))
+    assert (one["checkpoint"], mixed["checkpoint"], one["data"]) == ("..", ".", "../../../a/facts.jsonl")
+    for setting in ("stop_loss", "max_length", "unfiltered", "tag", "penalty", "step_matched", "mix_sha256", "num_mix"):
+        assert (setting in mixed) == (setting != "unfiltered")
+
+
+def test_a_question_about_fewer_facts(runs):
+    """Fewer facts, or other facts under the same name, have a row, predictions and a probe of their own."""
+    before = {name: (runs / "one" / name).read_bytes() for name in ("eval.json", "predictions.facts.jsonl")}
+    done = run(runs.parent, "evaluate.py", "runs/one", "--data", "a/facts.jsonl", "--num-examples", 2)
+    assert "facts.first2" in done.stdout and "the first 2 of 6" in done.stdout
+    run(runs.parent, "evaluate.py", "runs/one", "--data", "b/facts.jsonl")
+    digits = read(runs / "one/two/run.json")[1]["data_sha256"][:8]
+    scores = read(runs / "one/eval.json")
+    assert {name: (row["total"], row["of"], row["data"]) for name, row in scores.items()} == {
+        "facts": (6, 6, "facts"), "facts.first2": (2, 6, "facts"), f"facts.{digits}": (6, 6, "facts")}  # fmt: skip
+    assert scores["facts"] == json.loads(before["eval.json"])["facts"]
+    assert (runs / "one/predictions.facts.jsonl").read_bytes() == before["predictions.facts.jsonl"]
+    run(runs.parent, "probe.py", "runs/one", "--no-base", "--num-examples", 2)
+    assert (runs / "one/probe.facts.first2.json").exists() and not (runs / "one/probe.facts.json").exists()
+    whole = named_sets([str(runs.parent / "a/facts.jsonl")], 6, runs / "one", read_lineage(runs / "one"), runs.parent / "data")
+    assert [asked.name for asked in whole] == ["facts"]
+
+
+def test_two_stages_of_one_name(runs):
+    """Two files of one name in a lineage are two sets: in questions, retention checks, what was forgotten and tables."""
+    lineage, scores = read(runs / "one/two/run.json"), read(runs / "one/two/eval.json")
+    second = f"facts.{lineage[1]['data_sha256'][:8]}"
+    assert set_names(lineage) == ["facts", second] == list(scores)
+    asked = [json.loads(line)["prompt"] for name in scores for line in open(runs / f"one/two/predictions.{name}.jsonl")]
+    assert asked == [f"{name} {i}?" for name in "ab" for i in range(6)]
+    checked = {row["data"] for row in map(json.loads, open(runs / "one/two/metrics.jsonl")) if "accuracy" in row}
+    assert checked == {"facts"}
+    text = run(runs.parent, "evaluate.py", "--tables", "runs").stdout
+    assert f"tiny, facts, then {second}: exact match in %" in text
+    assert f"| No Mixing | 240 + 120 | 100.0 | {scores['facts']['accuracy']:.1f} | {scores[second]['accuracy']:.1f} | 1 |" in text
+
+
+def test_what_was_forgotten(runs):
+    """A later stage's facts are said to be lost, and what stands in their place: after each evaluation, all with --lost, without weights."""
+    def rows(folder, name="facts"):
+        return [json.loads(line) for line in open(runs / folder / f"predictions.{name}.jsonl")]
+
+    knew, now = {row["id"] for row in rows("one") if row["correct"]}, rows("one/two")
+    lost = [row for row in now if not row["correct"] and row["id"] in knew]
+    assert len(lost) > 5, "stage 2 is meant to overwrite stage 1"
+    done = run(runs.parent, "evaluate.py", "runs/one/two")
+    assert f"facts: {len(lost)} of {len(knew)} facts that stage 1 had right are lost" in done.stdout and "and 1 more" in done.stdout
+    weights = (runs / "one/two/model.safetensors").rename(runs / "one/two/moved")
+    text = run(runs.parent, "evaluate.py", "runs/one/two", "--lost").stdout
+    weights.rename(runs / "one/two/model.safetensors")
+    for row in lost:
+        assert f"  {row['prompt']} | right: {row['response']} | now: {row['prediction']}" in text
+    run(runs.parent, "evaluate.py", "--tables", "runs")
+    told = [row for row in map(json.loads, open(runs / "facts.jsonl")) if row["run"] == "one/two"]
+    assert [(row["data"], row["memorized"], row["lost"], row["prediction"]) for row in told if "in_place" in row] == [
+        ("facts", 1, 2, row["prediction"]) for row in lost]  # fmt: skip
+    later = [row["response"] for row in rows("one/two", read(runs / "one/two/eval.json").popitem()[0])]
+    named = {row["id"]: row["in_place"] for row in told if "in_place" in row}
+    assert all((named[row["id"]] == "a right answer of a later stage") == (row["prediction"] in later) for row in lost)
+
+
+def test_forgotten_by_the_right_run(runs):
+    """The interference meter takes each run's own forgetting, beside runs of another ratio, a replay and a mix."""
+    meter = ["probe.py", "runs/one", "--gradients", "--batches", 1, "--batch-size", 2]
+    done = run(runs.parent, *meter)
+    assert "replayed: left out" in done.stderr
+    known = lambda name: read(runs / "one" / name / "eval.json")["facts"]["accuracy"]
+    rows = {row["runs"][0]: row["forgotten"] for row in read(runs / "one/gradients.json")["rows"]}
+    assert rows == {name: known("") - known(name) for name in ("two", "plain", "mixed", "twice")}
+    run(runs.parent, *meter, "--data", "bios", "--mix", "random", "--mix-ratio", 2, "--mix-words", 3, "--num-examples", 4)
+    assert [row["runs"] for row in read(runs / "one/gradients.json")["rows"]] == [["plain"], ["twice"]]
+    run(runs.parent, *meter, "--data", "bios", "--mix", "random", "--mix-ratio", 2, "--mix-words", 2, "--num-examples", 3)
+    assert [row["forgotten"] for row in read(runs / "one/gradients.json")["rows"]] == [None, None]
+
+
+def test_moved_with_all_its_files(runs, tmp_path):
+    """Moved as one, with the data and the model that their records point to, runs are evaluated as before, from anywhere."""
+    for name in ("runs", "models", "a", "b"):
+        shutil.copytree(runs.parent / name, tmp_path / "elsewhere" / name)
+    folder = tmp_path / "elsewhere/runs/one/two"
+    (folder / "eval.json").unlink()
+    done = run(tmp_path, "evaluate.py", folder, "--precision", "fp32")
+    assert read(folder / "eval.json") == read(runs / "one/two/eval.json") and "that stage 1 had right" in done.stdout
+    shutil.rmtree(tmp_path / "elsewhere/a")
+    done = run(tmp_path, "evaluate.py", folder, ok=False)
+    assert done.returncode == 2 and "elsewhere/a/facts.jsonl: no such file" in done.stderr
+
+
+def test_other_settings_end_the_tables(runs, tmp_path):
+    """Real runs of a cell with other settings: status 2, both folders and the setting; with tags they are cells."""
+    shutil.copytree(runs, tmp_path / "runs")
+    for seed, more in ((1, ["--lr", 1e-3]), (2, ["--tag", "lr", "--lr", 1e-3])):
+        run(runs.parent, *TWO, "--data", "bios", "--num-examples", 4, "--model", "runs/one", "--seed", seed, *more, "--out", tmp_path / f"{seed}")
+        run(runs.parent, "evaluate.py", tmp_path / f"{seed}")
+    shutil.move(tmp_path / "2", tmp_path / "runs/x")
+    assert "| No Mixing (- / lr 0.001) | 240 + 6 |" in run(tmp_path, "evaluate.py", "--tables", "runs").stdout
+    shutil.move(tmp_path / "1", tmp_path / "runs/y")
+    done = run(tmp_path, "evaluate.py", "--tables", "runs", ok=False)
+    assert done.returncode == 2 and "runs/one/plain and runs/y" in done.stderr and "lr of stage 2 is 0.003 and 0.001" in done.stderr
+
+
+def test_as_many_steps_as_another_run(runs):
+    """--epochs @RUN trains as many epochs as make that run's steps, and says so in its record."""
+    done = run(runs.parent, *TWO, "--data", "bios", "--num-examples", 4, "--model", "runs/one", "--tag", "long", "--epochs", "@runs/one/twice", "--out", "runs/long")
+    entry = read(runs / "long/run.json")[1]
+    assert (entry["steps"], entry["epochs"], entry["step_matched"], entry["tag"]) == (18, 18, True, "long"), done.stdout
+    shutil.rmtree(runs / "long")
+    for wrong in ("@runs/nowhere", "@", "0", "many"):
+        done = run(runs.parent, *TWO, "--data", "bios", "--model", "runs/one", "--epochs", wrong, "--out", "runs/wrong", ok=False)
+        assert done.returncode == 2 and wrong in done.stderr
+
+
+def test_base_models(work, tmp_path):
+    """A model is called as the user wrote its path and is what its files hold: links, folders of one name, one changed weight."""
+    snapshot = tmp_path / "cache/snapshots/8cde5c"
+    tiny_llama(snapshot)
+    (tmp_path / "Meta-Llama-3-8B").symlink_to(snapshot)
+    assert model_name(tmp_path / "Meta-Llama-3-8B/") == "Meta-Llama-3-8B" and content_id(snapshot) == content_id(tmp_path / "Meta-Llama-3-8B")
+    run(tmp_path, "train.py", "--stage", 1, "--model", "Meta-Llama-3-8B", "--num-examples", 2, "--epochs", 1, "--precision", "fp32")
+    entry = read(tmp_path / "runs/Meta-Llama-3-8B/kvr-s0/run.json")[0]
+    assert (entry["base_model_name"], entry["base_model"]) == ("Meta-Llama-3-8B", "../../../Meta-Llama-3-8B")
+    for number, name in enumerate(("llama/hf", "mistral/hf")):
+        tiny_llama(tmp_path / name, seed=number)
+    assert content_id(tmp_path / "llama/hf") == content_id(snapshot) != content_id(tmp_path / "mistral/hf")
+    config = read(tmp_path / "llama/hf/config.json")
+    (tmp_path / "llama/hf/config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
+    assert content_id(tmp_path / "llama/hf") != content_id(snapshot)
+
+
+def test_another_models_familiar_facts(work):
+    """Familiar facts are found by what the base model is: another model's are not asked."""
+    for name, seed in (("hf", 0), ("other", 1)):
+        tiny_llama(work / f"familiar/{name}", seed=seed)
+    base = base_of(work / "familiar/hf", [])
+    file = split_file("popqa", "familiar", base, work / "data")
+    facts(file, 3, "known")
+    file.with_suffix(".json").write_text(json.dumps({"base_model_sha256": base.sha256}))
+    asked = ["--data", "popqa.familiar", "--num-examples", 2, "--precision", "fp32"]
+    run(work, "evaluate.py", "familiar/hf", *asked)
+    assert {name: row["of"] for name, row in read(work / "familiar/hf/eval.json").items()} == {"popqa.familiar.first2": 3}
+    done = run(work, "evaluate.py", "familiar/other", *asked, ok=False)
+    assert done.returncode == 2 and "run python evaluate.py familiar/other --split popqa" in done.stderr
+    assert not (work / "familiar/other/eval.json").exists()
+
+
+def test_one_flat_file_of_two_sources(tmp_path):
+    """data.py refuses to write two files of one name to one place, in one command or in two; the same file again is welcome."""
+    for name in ("a", "b"):
+        facts(tmp_path / name / "train.jsonl", 2, name)
+    done = run(tmp_path, "data.py", "a/train.jsonl", "b/train.jsonl", ok=False)
+    assert done.returncode == 2 and "b/train.jsonl: would be written to data/train.jsonl, as a/train.jsonl is" in done.stderr
+    assert not (tmp_path / "data").exists()
+    run(tmp_path, "data.py", "a/train.jsonl")
+    before = (tmp_path / "data/train.jsonl").read_bytes()
+    done = run(tmp_path, "data.py", "b/train.jsonl", ok=False)
+    assert done.returncode == 2 and "b/train.jsonl: data/train.jsonl was made of ../a/train.jsonl; rename train.jsonl" in done.stderr
+    assert (tmp_path / "data/train.jsonl").read_bytes() == before
+    facts(tmp_path / "a/train.jsonl", 3, "a")
+    run(tmp_path, "data.py", "a/train.jsonl", "./a/../a/train.jsonl")
+    assert len((tmp_path / "data/train.jsonl").read_text().splitlines()) == 3
