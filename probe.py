@@ -372,8 +372,7 @@ def stage_two_steps(args, path, lineage, name):
                 if dist.get_rank() == 0:
                     print(f"{run.folder}: left out, its steps hold facts of D_A itself (--replay)", file=sys.stderr)
                 continue
-            cell = cells.setdefault(json.dumps(settings(run.lineage[-1])), [])
-            cell.append(run)
+            cells.setdefault(json.dumps(settings(run.lineage[-1]), sort_keys=True), []).append(run)
     steps = [step_of(before, cell, name) for cell in cells.values()]
     if args.data:
         steps = asked_steps(args, steps)

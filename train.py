@@ -135,8 +135,8 @@ def parse_args(words=None):
 
 def gather_examples(args, lineage):
     """({source: examples}, what run.json says of them): own ones, ratio x as many of D_M, facts of earlier stages."""
-    base_model = base_of(args.model, lineage) if is_split(args.data) else None
-    kept = familiarity(args.data, base_model, args.data_dir) if base_model and not args.unfiltered else ""
+    base_model = base_of(args.model, lineage) if is_split(args.data) and not args.unfiltered else None
+    kept = familiarity(args.data, base_model, args.data_dir) if base_model else ""
     name = f"{args.data}.{kept}" if kept else args.data
     own, sha256 = load_examples(name, args.num_examples, args.data_dir, base_model=base_model)
     counts, mix, replayed = {"familiarity": kept, "data_sha256": sha256, "mix_sha256": None}, [], []

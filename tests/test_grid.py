@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import forking
 import pytest
@@ -15,6 +16,7 @@ from test_train import metrics
 
 from model import content_id
 
+RUNS = Path("runs/tiny")
 FIGURES = [f"figure{i}" for i in (2, 4, 5, 6, 7, 8, 9, 10, 11, 12)] + ["forgetting"]
 TRAINED = r"(runs/\S+): \d+ steps, loss"  # what train.py prints at its end
 TINY = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}  # 5,000 parameters
@@ -59,7 +61,7 @@ def start(folder, python, *options, log="log", **environ):
 
 
 def planned(folder):
-    """The plan's folders, as run_all.sh hands its lines to evaluate.py."""
+    """The plan's folders, as run_all.sh hands its lines to train.py."""
     (folder / "plan").unlink(missing_ok=True)
     (folder / "cat").write_text("#!/bin/sh\nexec cat\n")
     (folder / "cat").chmod(0o755)
@@ -69,9 +71,13 @@ def planned(folder):
 
 def outcome(folder):
     """{file: content} of all that a grid leaves but its locks, its log, and how long steps took."""
-    files = [file for file in sorted((folder / "runs").rglob("*")) if file.is_file() and file.name not in ("lock", "finished.log")]
-    return {str(file.relative_to(folder)): [{k: v for k, v in row.items() if k != "seconds"} for row in metrics(file.parent)]
-            if file.name == "metrics.jsonl" else file.read_bytes() for file in files}  # fmt: skip
+    files = [file for file in sorted((folder / RUNS).rglob("*")) if file.is_file() and file.name not in ("lock", "finished.log")]
+    found = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    for file in files:
+        if file.name in ("metrics.jsonl", "run.json"):
+            rows = metrics(file.parent) if file.suffix == ".jsonl" else json.loads(file.read_text())
+            found[str(file.relative_to(folder))] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +92,19 @@ def shared(python, tmp_path_factory):
 def test_whole_and_shared(shared):
     """Every run once, by one process or the other; every table, claim and figure."""
     plan = planned(shared)
-    assert len(plan) > 100 and sorted((shared / "runs" / "finished.log").read_text().split()) == sorted(plan)
+    assert len(plan) > 100 and sorted((shared / RUNS / "finished.log").read_text().split()) == sorted(plan)
     trained = [re.findall(TRAINED, (shared / log).read_text()) for log in ("a.log", "b.log")]
     assert sorted(trained[0] + trained[1]) == sorted(plan) and min(map(len, trained)) > len(plan) // 5
-    text = (shared / "runs" / "TABLES.md").read_text()
+    text = (shared / RUNS / "TABLES.md").read_text()
     for number in range(1, 7):
         table = text.partition(f"**Table {number}.")[2].partition("**Table" if number < 6 else "**Claims")[0]
         assert len(re.findall(r"\d\.\d", table)) >= 8, table
     verdicts = [line.split(" | ")[1] for line in text.partition("| claim |")[2].partition("\n\n")[0].split("\n")[2:]]
     assert len(verdicts) > 20 and set(verdicts) <= {"PASS", "FAIL", ""}
     for name in FIGURES:
-        assert f"({name}-tiny.png)" in text and (shared / "runs" / f"{name}-tiny.png").stat().st_size > 1000
-    chains = [run for run in plan if run.count("/") > 2]
-    assert {json.loads(line)["run"] for line in open(shared / "runs" / "facts.jsonl")} == set(chains)
+        assert f"({name}-tiny.png)" in text and (shared / RUNS / f"{name}-tiny.png").stat().st_size > 1000
+    chains = {str(Path(run).relative_to(RUNS)) for run in plan if run.count("/") > 3}
+    assert {json.loads(line)["run"] for line in open(shared / RUNS / "facts.jsonl")} == chains
 
 
 def test_plan_of_a_begun_grid(shared, python):
@@ -113,15 +119,15 @@ def test_plan_of_a_begun_grid(shared, python):
 
 def test_controls_and_three_stages(shared):
     """A control has the steps of what it is compared with; a third stage asks the first's facts; replay and familiar runs are what they say."""
-    lineage = lambda run: json.loads((shared / "runs" / "tiny" / run / "run.json").read_text())
+    lineage = lambda run: json.loads((shared / RUNS / "tiny" / run / "run.json").read_text())
     steps = lambda run: [entry["steps"] for entry in lineage(run)]
     assert steps("kvr-long-s0/lama-long-s0") == steps("kvr+random-s0/lama+k-pile-s0") == [18, 18] and steps("kvr-long-s0/lama-s0") == [18, 6]
     third = lineage("kvr+random-s0/lama+k-pile-s0/entityqa+k-pile-s0")
     assert [entry["mix"] for entry in third] == ["random", "k-pile", "k-pile"]
     assert lineage("kvr-s0/lama+replay0.1-s0")[1]["num_replay"] == 1
-    familiar = shared / "runs" / "tiny" / "gsm8k+a-pile+familiar-s0"
+    familiar = shared / RUNS / "tiny" / "gsm8k+a-pile+familiar-s0"
     assert {name: row["total"] for name, row in json.loads((familiar / "eval.json").read_text()).items()} == {"popqa.familiar": 10, "triviaqa.familiar": 10}
-    kept = {file.parent.name for file in (shared / "runs").rglob("model.safetensors")}
+    kept = {file.parent.name for file in (shared / RUNS).rglob("model.safetensors")}
     assert "kvr-s0" in kept and "lama+k-pile-s0" in kept and not kept & {"entityqa+k-pile-s0", "lama-long-s0", familiar.name}
 
 
@@ -144,6 +150,6 @@ def test_killed_at_random(shared, python, tmp_path, request):
     expected, found = outcome(shared), outcome(tmp_path)
     assert found.keys() == expected.keys()
     assert not [name for name in expected if found[name] != expected[name]]
-    done, trained = (tmp_path / "runs" / "finished.log").read_text().split(), re.findall(TRAINED, log())
+    done, trained = (tmp_path / RUNS / "finished.log").read_text().split(), re.findall(TRAINED, log())
     assert len(set(done)) == len(done) and len(set(trained)) == len(trained)  # killed before these lines a run lacks them
     assert min(len(done), len(trained)) >= len(planned(tmp_path)) - kills
