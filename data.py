@@ -82,6 +82,16 @@ def write_file(path, content):
         raise
 
 
+def json_line(row):
+    """A row as a line of a JSON-lines file: its letters as they are, unless half of one is among them (a lone surrogate)."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row) + "\n"
+    return line
+
+
 def relative_path(path, folder):
     """A path as a file in `folder` holds it, so that both can move together; its last part stays as the user wrote it."""
     path = Path(os.path.abspath(path))
@@ -1220,12 +1230,13 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
 def own_flat_file(name, out):
     """The place of a user's own file among the flat files; a DataError where it is another's, or the file itself."""
     path = Path(out) / f"{OWN_FILE.match(Path(name).name).group(1)}.jsonl"
-    if path.stem in SETS or path.resolve() == Path(name).resolve():
+    # Of popqa also popqa-id, popqa.unfamiliar and popqa.subjects, of random also random.w8.
+    if path.stem.partition(".")[0].removesuffix("-id") in SETS or path.resolve() == Path(name).resolve():
         raise DataError(f"{name}: {path} is its own or a set's place; rename it, or give another --out")
     manifest = path.with_suffix(".json")
     sources = _read_json(manifest, f"remove it and {path}").get("sources", {}) if manifest.exists() else {}
     known = relative_path(name, out) in sources or not Path(name).exists()
-    if path.exists() and not known and _sha256(name) not in [source["sha256"] for source in sources.values()]:
+    if path.exists() and not known and _sha256(name) not in [s["sha256"] for file, s in sources.items() if Path(file).suffix == Path(name).suffix]:
         raise DataError(f"{name}: {path} was made of {', '.join(sources) or 'something else'}; rename {Path(name).name}, remove {path}, or give another --out")
     return path
 
@@ -1248,7 +1259,7 @@ def write_flat(path, examples, manifest):
         return
     write_file(path.with_suffix(".json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     lines = ({key: value for key, value in example.items() if key != "aliases" or value} for example in examples)
-    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_file(path, "".join(map(json_line, lines)))
 
 
 def resolve(name):
@@ -1380,8 +1391,8 @@ def stage_facts(entry, data="data"):
         return []
     examples, sha256 = load_examples(name, entry["num_examples"], data, base_model=BaseModel.of(entry))
     if sha256 != entry["data_sha256"]:
-        raise DataError(f"{name}: its first {entry['num_examples']} lines in {data}/ are not those that stage {entry['stage']} was trained on; "
-                        "give the folder that holds them with --data-dir")  # fmt: skip
+        where, remedy = (name, "restore them") if name.endswith(".jsonl") else (f"{name} in {data}/", "give the folder that holds them with --data-dir")
+        raise DataError(f"{where}: its first {entry['num_examples']} lines are not those that stage {entry['stage']} was trained on; {remedy}")
     return [example for example in examples if "messages" not in example]
 
 

@@ -335,7 +335,7 @@ def without_paths(entry):
     return kept | {"data": set_label(entry["data"]), "mix": set_label(entry["mix"])}
 
 
-def settings(entry):
+def settings_of(entry):
     """{name: value} of all that decides a stage's result, but for its seed."""
     unused = MIX_SETTINGS if entry["mix"] == "none" else set()
     return {key: value for key, value in without_paths(entry).items() if key not in NO_SETTINGS | unused}
@@ -373,7 +373,7 @@ class Stage:
 
     @classmethod
     def of(cls, entry):
-        known = settings(entry)
+        known = settings_of(entry)
         weight = entry["mix_weight"] if entry["mix"] != "none" else 1.0
         varied = (known[entry["tag"]],) if entry["tag"] in known else ()
         return cls(known["data"], known["mix"], weight, entry["replay"], entry["tag"], varied)
@@ -469,7 +469,7 @@ def check_agreement(one, two):
     (one, two), differing = sorted([one, two], key=lambda run: str(run.folder)), []
     for stage, (first, second) in enumerate(zip(one.lineage, two.lineage), 1):
         matched = first.get("step_matched") and second.get("step_matched")  # as many steps, whatever epochs that takes
-        first, second = settings(first), settings(second)
+        first, second = settings_of(first), settings_of(second)
         keys = [key for key in sorted(first | second) if first.get(key) != second.get(key) and not (matched and key == "epochs")]
         differing += [(key.endswith("sha256"), f"{key} of stage {stage} is {first.get(key)} and {second.get(key)}") for key in keys]
     if differing:

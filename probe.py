@@ -32,7 +32,7 @@ from data import (
 from evaluate import (
     Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
     kept_rows, label_of, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision,
-    save, set_names, settings, stage_sets,
+    save, set_names, settings_of, stage_sets,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, end_process_group, fail, fits_beside,
@@ -372,7 +372,7 @@ def stage_two_steps(args, path, lineage, name):
                 if dist.get_rank() == 0:
                     print(f"{run.folder}: left out, its steps hold facts of D_A itself (--replay)", file=sys.stderr)
                 continue
-            cells.setdefault(json.dumps(settings(run.lineage[-1]), sort_keys=True), []).append(run)
+            cells.setdefault(json.dumps(settings_of(run.lineage[-1]), sort_keys=True), []).append(run)
     steps = [step_of(before, cell, name) for cell in cells.values()]
     if args.data:
         steps = asked_steps(args, steps)

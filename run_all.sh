@@ -78,7 +78,7 @@ demo() {
 # ---------------------------------------------------------------- the grid
 
 # plan TABLES FOLDER FOLDER_NEEDED|- train.py's arguments: a line of the plan.
-plan() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${*:4}"; }
+plan() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${*:4} $unfiltered $EXTRA"; }
 
 # first TABLES MODEL LABEL arguments: a stage 1; then TABLES STAGE1 LABEL arguments: a stage inside it.
 first() { plan "$1" "$runs/$(basename "$2")/$3-s$seed" - --stage 1 --model "$2" --seed "$seed" $size $pace "${@:4}"; }
@@ -190,14 +190,14 @@ clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || rm -f "$1"/model*.safeten
 finish() {
   local folder=$1 wait=$2 args=${args_of[$1]} needed like lock asked=
   if finished "$folder"; then clean "$folder"; return; fi
-  like=$(sed -n 's/.*@\([^ ]*\).*/\1/p' <<< "$args")
+  like=$(sed -n 's/.*--epochs @\([^ ]*\).*/\1/p' <<< "$args")
   for needed in ${needs_of[$folder]#-} $like; do finish "$needed" "$wait" || return; done
   mkdir -p "$folder" && exec {lock}> "$folder/lock" || return  # the child inherits it: held until it too has ended
   if [ "$wait" = 0 ] && ! flock -n $lock; then exec {lock}>&-; return 75; fi
   attend flock $lock || return
   [[ $args != *"--tag familiar "* ]] || asked="--data $familiar_a --num-examples $examples"
   if ! finished "$folder"; then
-    [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $unfiltered $precision $EXTRA || return
+    [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $precision || return
     rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
     [ -e "$folder/eval.json" ] || attend $launch "$code/evaluate.py" "$folder" $asked || return
     finished "$folder" || attend $launch "$code/probe.py" "$folder" --no-base || return
@@ -217,6 +217,7 @@ run_grid() {
     ((n++ % ${shard#*/} != ${shard%/*})) || todo+=("$folder")
   done < <(whole)
   [ ${#todo[@]} -gt 0 ] || { echo "run_all.sh: no run for --only $only --shard $shard; see --dry-run" >&2; exit 2; }
+  whole | "$python" "$code/train.py" --plan > /dev/null  # a finished run of other settings is none of this grid's
   trap stop INT TERM
   mkdir -p "$runs"
   while [ -n "$busy" ]; do  # do what nobody is at; wait for one that somebody is at; again

@@ -45,13 +45,14 @@ from data import (
 )
 from evaluate import (
     DONE_WITH, base_of, check_vocabulary, common_prefix_len, exact_matches, read_lineage, read_rows, record,
-    relative_lineage, resolve_precision, stage_sets, without_paths,
+    relative_lineage, resolve_precision, settings_of, stage_sets, without_paths,
 )
 from model import (
     MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,
-    build_model, device_name, end_process_group, fail, free_memory, generation_mode, is_sharded, load_weights, local,
-    local_rows, model_name, raise_on_all_ranks, reshard, rows_of, save_model, setup_device, temporary_name, to_device,
-    verify, weights_dtype, weights_sample_sha256, whole_memory, write_json, write_tensors, writing,
+    build_model, content_id, device_name, end_process_group, fail, free_memory, generation_mode, is_sharded,
+    load_weights, local, local_rows, model_name, raise_on_all_ranks, reshard, rows_of, save_model, setup_device,
+    temporary_name, to_device, verify, weights_dtype, weights_sample_sha256, whole_memory, write_json, write_tensors,
+    writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -1106,11 +1107,39 @@ class Planned:
     def done(self):
         return (self.folder / "eval.json").exists()
 
+    def check(self):
+        """A DataError where the folder holds a finished run that is not the planned one."""
+        if not (self.folder / "run.json").exists():
+            return
+        *before, entry = read_lineage(self.folder)
+        if before and record(before) != record(read_lineage(self.needs)):
+            raise DataError(f"{self.folder}: began with another run than {self.needs} now holds; remove it")
+        planned = settings_of(vars(self.args)) | {"seed": self.args.seed, "familiarity": self.familiarity}
+        if not before and list(Path(self.args.model).glob("*.safetensors")):
+            planned["base_model_sha256"] = id_of(self.args.model)
+        # What the model, the machine or another run decides stays open in a plan.
+        fixed = [key for key, value in planned.items() if key in entry and value not in (None, "auto", "equal")]
+        fixed = [key for key in fixed if key != "epochs" or isinstance(planned[key], int)]
+        then = without_paths(entry)
+        changed = [f"{key} is {then[key]!r}, not {planned[key]!r}" for key in fixed if then[key] != planned[key]]
+        if changed:
+            raise DataError(f"{self.folder}: holds a finished run whose {'; '.join(changed)}; remove it, or give another "
+                            "--runs")  # fmt: skip
+
+    @property
+    def familiarity(self):
+        """As the run's record will have it."""
+        chosen = is_split(self.args.data) and "." not in self.args.data and not self.args.unfiltered
+        return "unfamiliar" if chosen else ""
+
     @property
     def kind(self):
         """Runs of one kind take the same tokens a step."""
         free = {*FREE_OPTIONS, "seed", "epochs", "lr", "tag", "stage"}
         return json.dumps({name: value for name, value in vars(self.args).items() if name not in free})
+
+
+id_of = functools.cache(content_id)  # of a plan's models, each read once
 
 
 def say_plan(lines):
@@ -1122,6 +1151,7 @@ def say_plan(lines):
     for line in lines:
         names, folder, needs, options = line.rstrip("\n").split("\t")
         runs[folder] = Planned(names.split(","), Path(folder), needs, parse_args(options.split()))
+        runs[folder].check()
     by_table = {}
     for run in runs.values():
         for name in dict.fromkeys(run.tables):
