@@ -156,26 +156,26 @@ def named_sets(names, n, path, lineage, data):
 
     A question about fewer facts, or about others under a name that is taken, gets a name of its own.
     """
-    base_model, sets = base_of(path, lineage), {}
-    stages = dict(zip(reversed(set_names(lineage)), reversed(lineage)))  # of equal names the first stage
-    taken = {name: row["data_sha256"] for name, row in read_run(path).scores.items()}
-    taken |= {name: entry["data_sha256"] for name, entry in stages.items()}
+    kept, sets = {"data": data, "base_model": base_of(path, lineage)}, {}
+    taken, of_stages = {name: row["data_sha256"] for name, row in read_run(path).scores.items()}, {}
+    for name, entry in zip(set_names(lineage), lineage):
+        taken[name] = entry["data_sha256"]
+        of_stages.setdefault(entry["data_sha256"], name)
     for asked in names:
-        learned = [entry for entry in lineage if same_set(asked, entry["data"])]
-        kept = {"data": data, "base_model": base_model}
-        if learned and (n is None or n <= learned[0]["num_examples"]):
-            stage_facts(learned[0], data)  # refuses what is no longer what it learned
-            of = learned[0]["num_examples"]
-            facts, sha256 = load_examples(stage_set(learned[0]), n or of, **kept)
+        learned = next((entry for entry in lineage if same_set(asked, entry["data"])), None)
+        source = stage_set(learned) if learned else asked
+        if learned and (n is None or n <= learned["num_examples"]):
+            stage_facts(learned, data)  # refuses what is no longer what it learned
+            of = learned["num_examples"]
+            facts, sha256 = load_examples(source, n or of, **kept)
         else:
-            facts, sha256 = load_examples(asked, n or MOST, **kept, fewer=n is None)
-            of = len(load_examples(asked, MOST, **kept, fewer=True)[0])
+            facts, sha256 = load_examples(source, n or MOST, **kept, fewer=n is None)
+            of = len(load_examples(source, MOST, **kept, fewer=True)[0])
         if any("messages" in fact for fact in facts):
             raise DataError(f"{asked}: holds chats, which have no single right answer; name sets of facts")
         name = set_label(asked) + (f".first{n}" if n and n != of else "")
-        of_stage = [stage for stage, entry in stages.items() if entry["data_sha256"] == sha256]
-        if of_stage:
-            name = of_stage[-1]
+        if sha256 in of_stages:
+            name = of_stages[sha256]
         elif taken.get(name, sha256) != sha256:
             name += f".{sha256[:8]}"
         taken[name] = sha256
@@ -185,7 +185,8 @@ def named_sets(names, n, path, lineage, data):
 
 def same_set(asked, data):
     """Whether a data name or path means the set of a stage."""
-    return asked == data or (asked.endswith(".jsonl") and data.endswith(".jsonl") and Path(asked).resolve() == Path(data).resolve())
+    are_files = asked.endswith(".jsonl") and data.endswith(".jsonl")
+    return asked == data or (are_files and Path(asked).resolve() == Path(data).resolve())
 
 
 def evaluate(path, model, tokenizer, sets, precision, rank=0):
@@ -200,7 +201,7 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0):
         results[asked.name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows), "of": asked.of,
                                "precision": precision, "data": asked.data, "data_sha256": asked.data_sha256}  # fmt: skip
         if rank == 0:
-            write_file(Path(path) / f"predictions.{asked.name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_lines(Path(path) / f"predictions.{asked.name}.jsonl", rows)
     if rank == 0:
         write_file(Path(path) / "eval.json", json.dumps(read_run(path).scores | results, indent=2) + "\n")
     return results
@@ -369,14 +370,14 @@ class Stage:
     mix_weight: float = 1.0
     replay: float = 0.0
     tag: str = ""
-    varied: tuple = ()  # (value,) of the setting whose name the tag is, if it is one's
+    varied: tuple = ()  # (value,) of the setting whose name the tag is, if it is one's and has a value
 
     @classmethod
     def of(cls, entry):
         known = settings_of(entry)
-        weight = entry["mix_weight"] if entry["mix"] != "none" else 1.0
-        varied = (known[entry["tag"]],) if entry["tag"] in known else ()
-        return cls(known["data"], known["mix"], weight, entry["replay"], entry["tag"], varied)
+        value = known.get(entry["tag"])
+        varied = () if value is None else (value,)  # None has no place in an order
+        return cls(known["data"], known["mix"], known.get("mix_weight", 1.0), entry["replay"], entry["tag"], varied)
 
 
 @dataclass
@@ -486,16 +487,17 @@ def both(one, two):
 def accuracies(grid, stages, data):
     """{seeds: accuracy in %} of a cell's runs on a set; a DataError where they were not asked the same."""
     found = {}
-    for seeds, run in grid.cells.get(stages, {}).items():
+    for seeds, run in sorted(grid.cells.get(stages, {}).items()):
         if score := run.score(data):
             found[seeds] = (run, score[1])
-    for run, row in sorted(found.values(), key=lambda item: str(item[0].folder)):
-        first, expected = min(found.values(), key=lambda item: str(item[0].folder))
+    by_folder = sorted(found.values(), key=lambda item: str(item[0].folder))
+    for run, row in by_folder:
+        first, expected = by_folder[0]
         for key in ("total", "of", "precision", "data_sha256"):
             if row[key] != expected[key]:
                 raise DataError(f"{both(first, run)}: runs of one cell ({label_of(run.stages)}), but {key} of {data} in their eval.json is "
                                 f"{expected[key]} and {row[key]}; run evaluate.py on both alike")  # fmt: skip
-    return {seeds: row["accuracy"] for seeds, (_, row) in sorted(found.items())}
+    return {seeds: row["accuracy"] for seeds, (_, row) in found.items()}
 
 
 def label_of(stages):
@@ -545,9 +547,7 @@ class Lost:
 
 def lost_facts(now, then, later):
     """The Lost of a set, from rows of predictions: now, after the stage that learned it (None: all count as right), of later stages' sets."""
-    were_right = [True] * len(now)
-    if then and [row["id"] for row in then] == [row["id"] for row in now]:
-        were_right = [row["correct"] for row in then]
+    were_right = [row["correct"] for row in then] if then else [True] * len(now)
     of_later, of_set = ({folded(row["response"]) for row in rows} for rows in (later, now))
     lost = []
     for row, was_right in zip(now, were_right):
@@ -591,7 +591,12 @@ def forgotten(run, folder_of):
             continue
         folder = folder_of(stage)
         then = predictions(folder, name) if folder else None
-        later = [row for other in dict.fromkeys(names[stage:]) if other != name for row in predictions(run.folder, other) or []]
+        if then and [row["id"] for row in then] != [row["id"] for row in now]:
+            then = None  # about other facts
+        later = []
+        for other in dict.fromkeys(names[stage:]):
+            if other != name:
+                later += predictions(run.folder, other) or []
         known = sum(row["correct"] for row in then) if then else len(now)
         found.append(Forgotten(name, stage, known, bool(then), lost_facts(now, then, later)))
     return found
@@ -635,7 +640,7 @@ def average(cells):
     return {seeds: statistics.mean(cell[seeds] for cell in cells) for seeds in sorted(common)}
 
 
-def bootstrap(differences, resamples=RESAMPLES):
+def bootstrap(differences):
     """95% interval of the mean of differences (S, F), both seeds and facts drawn anew with replacement.
 
     An entry is one side's share of right answers less the other's, of the same fact under the same seed: the pairing.
@@ -643,7 +648,7 @@ def bootstrap(differences, resamples=RESAMPLES):
     differences = torch.as_tensor(differences, dtype=torch.float64)
     n_seeds, n_facts = differences.shape
     draw = torch.Generator().manual_seed(0)
-    seeds = torch.randint(n_seeds, (resamples, n_seeds), generator=draw)
+    seeds = torch.randint(n_seeds, (RESAMPLES, n_seeds), generator=draw)
     means = [differences[s][:, torch.randint(n_facts, (n_facts,), generator=draw)].mean() for s in seeds]
     return tuple(torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
@@ -664,7 +669,6 @@ SOURCES = ["none", "k-pile", "a-pile", "random", "fineweb"]
 class Table:
     caption: str
     rows: list
-    asked: str = "{}"  # which set, of a D_A's name
     with_id: bool = False  # does ID stand among the columns
     averaged: bool = False
     lowest: str = ""  # underlined in each "row" or "column"
@@ -675,9 +679,10 @@ TABLES = {
     "table2": Table("REMIX", [*MIXES, *CONTROLS], with_id=True, averaged=True),
     "table3": Table("REMIX, the rows of Mistral-7B-v0.3", ["none", "random/k-pile", *CONTROLS], averaged=True),
     "table4": Table("Replay", list(REPLAYS), lowest="column"),
-    "table5": Table("Familiar facts after one stage", SOURCES, asked="{}.familiar"),
-    "table6": Table("Familiar facts after one stage, as for Mistral-7B-v0.3", SOURCES, asked="{}.familiar"),
+    "table5": Table("Familiar facts after one stage", SOURCES),
+    "table6": Table("Familiar facts after one stage, as for Mistral-7B-v0.3", SOURCES),
 }
+FAMILIAR = ("table5", "table6")  # one stage on D_B, then familiar facts are asked
 PAPERS_MODELS = {"Meta-Llama-3-8B": ["table1", "table2", "table4", "table5"], "Mistral-7B-v0.3": ["table3", "table6"]}
 
 
@@ -690,9 +695,9 @@ class Paper:
     columns: dict  # {(table, D_A): (factoid D_B, non-factoid D_B)}
 
 
-def paper_figures(text=None):
+def paper_figures():
     paper = Paper({}, {}, {})
-    for line in (text or PAPER).strip().split("\n"):
+    for line in PAPER.strip().split("\n"):
         row, colon, figures = line.partition(": ")
         if not colon:
             block, _, names = line.partition(" | ")
@@ -746,14 +751,15 @@ def chain(a, row, b):
 
 def behind(table, a, row, b):
     """(the Stages of the run behind a cell, the set that it was asked)."""
-    if table in ("table5", "table6"):
-        return (Stage(b, row, tag="familiar"),), TABLES[table].asked.format(a)
+    if table in FAMILIAR:
+        return (Stage(b, row, tag="familiar"),), f"{a}.familiar"
     return chain(a, row, b), a
 
 
 def is_factoid(name):
     """Of a set's label; a user's own set is one of facts."""
-    return name not in SETS and name.removesuffix("-id") not in SETS or SETS[name.removesuffix("-id")].kind == "factoid"
+    base = name.removesuffix("-id")
+    return base not in SETS or SETS[base].kind == "factoid"
 
 
 def cell_of(grid, table, a, row, b):
@@ -782,6 +788,10 @@ class Layout:
     def with_id(self):
         return ["id", *self.factoid]
 
+    def firsts(self, table):
+        """The D_A of a table."""
+        return self.familiar if table in FAMILIAR else self.first
+
 
 def layout_of(grid):
     """The Layout of a model's tables. What followed one D_A makes a table if it is several sets; else a list of chains shows it."""
@@ -801,12 +811,12 @@ def layout_of(grid):
     for a in first:
         later |= followed[a] - {"id"}
     if of_paper:
-        paper, tables_ = paper_figures(), PAPERS_MODELS[grid.name]
-        for (table, a), groups in paper.columns.items():
-            if table in tables_:
-                (familiar if TABLES[table].asked != "{}" else first).add(a)
-                later |= {name for names in groups for name in names if name != "id"}
-    return Layout(in_order(first), in_order({b for b in later if is_factoid(b)}), in_order({b for b in later if not is_factoid(b)}), in_order(familiar), sorted(two))
+        for (table, a), (factoid, other) in paper_figures().columns.items():
+            if table in PAPERS_MODELS[grid.name]:
+                (familiar if table in FAMILIAR else first).add(a)
+                later |= {*factoid, *other} - {"id"}
+    factoid = {b for b in later if is_factoid(b)}
+    return Layout(in_order(first), in_order(factoid), in_order(later - factoid), in_order(familiar), sorted(two))
 
 
 def in_order(names):
@@ -816,42 +826,54 @@ def in_order(names):
 
 
 def row_label(row):
-    return CONTROLS.get(row) or (f"Replay (r = {REPLAYS[row]})" if REPLAYS.get(row) else " / ".join(LABELS.get(mix, mix) for mix in row.split("/")))
+    if row in CONTROLS:
+        return CONTROLS[row]
+    if REPLAYS.get(row):
+        return f"Replay (r = {REPLAYS[row]})"
+    return " / ".join(LABELS.get(mix, mix) for mix in row.split("/"))
 
 
 def render(name, grid, layout, shown):
     """One table as lines of Markdown, laid out as in the paper; the Stages of each cell that has runs go into the set `shown`."""
     table, printed = TABLES[name], paper_figures().cells if grid.name in PAPERS_MODELS else {}
     groups = [layout.with_id if table.with_id else layout.factoid, layout.other]
-    columns = [b for group in groups for b in [*group, *(["Avg"] if table.averaged and group else [])]]
-    firsts, rows = layout.familiar if table.asked != "{}" else layout.first, with_own_text(table.rows, grid)
-    lines, sizes = [], set()
-    for a in firsts:
+    columns = []
+    for group in groups:
+        columns += [*group, "Avg"] if table.averaged and group else group
+    rows, lines, sizes = with_own_text(table.rows, grid), [], set()
+    alike = {"row": 0, "column": 1, "": None}[table.lowest]  # the part of a key (row, D_B) that rivals share
+    for a in layout.firsts(name):
         if name != "table1":
             lines.append(f"| **{LABELS.get(a, a)}** |" + " |" * len(columns))
-        found = {row: {b: cell_of(grid, name, a, row, b) for group in groups for b in group if b != a} for row in rows}
-        means = {row: {b: statistics.mean(cell.values()) for b, cell in found[row].items() if cell} for row in found}
-        for row in found:
-            for b in means[row]:
+        found = {}
+        for row, b in itertools.product(rows, itertools.chain(*groups)):
+            if b == a:
+                continue
+            found[row, b] = cell_of(grid, name, a, row, b)
+            if found[row, b]:
                 stages, asked = behind(name, a, row, b)
                 shown.add(stages)
                 sizes |= {run.score(asked)[1]["total"] for run in grid.cells[stages].values() if run.score(asked)}
+        means = {key: statistics.mean(cell.values()) for key, cell in found.items() if cell}
+        for row in rows:
             texts = []
             for group in groups:
                 for b in group:
-                    rivals = means[row].values() if table.lowest == "row" else [means[r][b] for r in means if b in means[r]]
-                    lowest = table.lowest and b in means[row] and means[row][b] == min(rivals)
-                    texts.append(show(list(found[row].get(b, {}).values()), printed.get((name, a, row, b)), lowest))
+                    lowest = False
+                    if alike is not None and (row, b) in means:
+                        rivals = [mean for key, mean in means.items() if key[alike] == (row, b)[alike]]
+                        lowest = means[row, b] == min(rivals)
+                    texts.append(show(list(found.get((row, b), {}).values()), printed.get((name, a, row, b)), lowest))
                 if table.averaged and group:
                     theirs = [printed[name, a, row, b] for b in group if (name, a, row, b) in printed]
-                    own = average([found[row][b] for b in group if b in found[row]])
+                    own = average([found[row, b] for b in group if (row, b) in found])
                     texts.append(show(list(own.values()), statistics.mean(theirs) if theirs else None))
             label = LABELS.get(a, a) if name == "table1" else row_label(row)
             lines.append(f"| {label} | {' | '.join(texts)} |")
     of = f" of {' or '.join(map(str, sorted(sizes)))} facts" if sizes else ""
-    caption = f"**Table {name[-1]}. {table.caption}** ({grid.name}: exact match on D_A{of} in %, mean ± standard deviation over seeds)"
+    asked_for = f"({grid.name}: exact match on D_A{of} in %, mean ± standard deviation over seeds)"
     heading = ["| | " + " | ".join(LABELS.get(b, b) for b in columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    return ["", caption, "", *heading, *lines]
+    return ["", f"**Table {name[-1]}. {table.caption}** {asked_for}", "", *heading, *lines]
 
 
 def chains_table(grid, cells, starts):
@@ -863,21 +885,31 @@ def chains_table(grid, cells, starts):
     for stages, cell in sorted(cells.items(), key=lambda item: ([stage.data for stage in item[0]], item[0])):
         runs = [run for _, run in sorted(cell.items())]
         names = set_names(runs[0].lineage)
+        first, last = names[0], names[-1]
         above = f"{grid.name}, {', then '.join(names)}: exact match in %"
         if above != heading:
             heading = above
-            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | {names[0]} after stage 1 | {names[0]} at the end | {names[-1]} at the end | runs |"]
+            columns = f"{first} after stage 1 | {first} at the end | {last} at the end"
+            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | {columns} | runs |"]
             lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-        before = [score[1]["accuracy"] for run in runs if (start := starts.get(record(run.lineage[:1]))) and (score := start.score(names[0]))]
-        at_end = [show(list(accuracies(grid, stages, name).values())) for name in (names[0], names[-1])]
+        before = [accuracy for run in runs if (accuracy := after_stage_1(run, starts)) is not None]
+        at_end = [show(list(accuracies(grid, stages, name).values())) for name in (first, last)]
         label = label_of(stages).replace("|", r"\|")
         lines.append(f"| {label} | {mean_steps(runs)} | {show(before)} | {' | '.join(at_end)} | {len(runs)} |")
     return lines
 
 
+def after_stage_1(run, starts):
+    """A run's accuracy on its first stage's facts right after that stage; None where that is not known."""
+    start = starts.get(record(run.lineage[:1]))
+    score = start.score(set_names(run.lineage)[0]) if start else None
+    return score[1]["accuracy"] if score else None
+
+
 def mean_steps(runs):
     """Steps of each stage, the mean over seeds."""
-    return " + ".join(str(round(statistics.mean(steps))) for steps in zip(*[[entry["steps"] for entry in run.lineage] for run in runs]))
+    steps = [[entry["steps"] for entry in run.lineage] for run in runs]
+    return " + ".join(str(round(statistics.mean(of_stage))) for of_stage in zip(*steps))
 
 
 def done_with(runs):
@@ -887,8 +919,10 @@ def done_with(runs):
         entry = run.lineage[-1]
         tree = ", changed since" if entry["clean"] is False else ""
         ranks = f"{entry['ranks']} x " if entry["ranks"] > 1 else ""
-        counts[f"commit {(entry['commit'] or 'unknown')[:10]}{tree}, Python {entry['python']}, torch {entry['torch']}, {ranks}{entry['device']}"] += 1
-    return "Trained with " + "; ".join(f"{text}: {count} runs" if len(counts) > 1 else text for text, count in sorted(counts.items())) + "."
+        commit = (entry["commit"] or "unknown")[:10] + tree
+        counts[f"commit {commit}, Python {entry['python']}, torch {entry['torch']}, {ranks}{entry['device']}"] += 1
+    made = [f"{text}: {count} runs" if len(counts) > 1 else text for text, count in sorted(counts.items())]
+    return f"Trained with {'; '.join(made)}."
 
 
 def tables(folder):
@@ -909,11 +943,14 @@ def tables(folder):
         if layout.first or layout.familiar:
             laid_out = True
             for name in PAPERS_MODELS.get(grid.name, TABLES):
-                lines += render(name, grid, layout, shown) if (layout.familiar if TABLES[name].asked != "{}" else layout.first) else []
+                lines += render(name, grid, layout, shown) if layout.firsts(name) else []
             lines += claims(grid, layout)
             images += figures(grid, layout, folder, starts)
-        rest = {stages: cell for stages, cell in grid.cells.items() if len(stages) > 1 and stages not in shown}
-        rest = {stages: asked for stages, cell in rest.items() if (asked := {seeds: run for seeds, run in cell.items() if run.scores})}
+        rest = {}
+        for stages, cell in grid.cells.items():
+            asked = {seeds: run for seeds, run in cell.items() if run.scores}
+            if asked and len(stages) > 1 and stages not in shown:
+                rest[stages] = asked
         lines += chains_table(grid, rest, starts)
         if rest and not layout.first:
             images += [draw_retention(rest, starts, folder / f"retention-{grid.name}.png")]
@@ -921,8 +958,10 @@ def tables(folder):
     if not any(lines):
         raise DataError(f"{folder}: no evaluated run of two stages or more below it; train and evaluate some")
     if laid_out:
-        wrong = [f"{table}, {LABELS[a]}, {row_label(row)}, {group}: printed {printed}, mean {mean:.2f}" for table, a, row, group, printed, mean in misprinted()]
-        lines += ["", "Small: the paper's own figure; its averages are means of its printed cells. Printed averages that are not: " + "; ".join(wrong) + "."]
+        wrong = [f"{table}, {LABELS[a]}, {row_label(row)}, {group}: printed {printed}, mean {mean:.2f}"
+                 for table, a, row, group, printed, mean in misprinted()]  # fmt: skip
+        lines += ["", "Small: the paper's own figure; its averages are means of its printed cells. "
+                  f"Printed averages that are not: {'; '.join(wrong)}."]  # fmt: skip
     text = "\n".join([*lines[1:], "", done_with(runs)]) + "\n"
     write_file(folder / "TABLES.md", text)
     write_lines(folder / "cells.jsonl", places(runs, folder))
@@ -959,7 +998,8 @@ def ledger(runs, starts, folder):
             for fact in asked[max(asked)]:
                 right = [stage for stage in asked if asked[stage].get(fact)]
                 wrong = [stage for stage in asked if right and stage > right[0] and not asked[stage].get(fact)]
-                row = {"run": relative_path(run.folder, folder), "data": found.name, "id": fact, "memorized": right[0] if right else None, "lost": wrong[0] if wrong else None}
+                row = {"run": relative_path(run.folder, folder), "data": found.name, "id": fact,
+                       "memorized": right[0] if right else None, "lost": wrong[0] if wrong else None}  # fmt: skip
                 if fact in lost_ones:
                     row |= {"prediction": lost_ones[fact].prediction, "in_place": lost_ones[fact].in_place}
                 yield row
@@ -990,29 +1030,67 @@ CLAIMS = {
 }
 
 
+@dataclass
+class Comparison:
+    """Two sides of a claim on a set."""
+
+    more: float  # mean of the side that is to keep more, in %
+    less: float
+    interval: tuple  # (lower, upper), 95%, of the difference
+    seeds: list  # that all runs have in common
+    columns: list  # D_B
+
+
 def compare(grid, sides, asked):
-    """(mean, mean, (lower, upper), seeds, D_B) of two sides [[(Stages, D_B), ...], ...] in % of a set; None where a side has no run in common seeds."""
-    runs = []
+    """The Comparison of two sides [[(Stages, D_B), ...], ...] on a set; None without a seed that all have."""
+    runs = []  # of each side [(D_B, {seeds: Run})]
     for side in sides:
-        found = [(b, {seeds: run for seeds, run in grid.cells[stages].items() if run.score(asked)}) for stages, b in side if stages in grid.cells]
-        runs.append(found)
-    seeds = sorted(set.intersection(*[set(found) for side in runs for _, found in side])) if all(runs) else []
+        cells = [(b, grid.cells[stages]) for stages, b in side if stages in grid.cells]
+        runs.append([(b, {seeds: run for seeds, run in cell.items() if run.score(asked)}) for b, cell in cells])
+    seeds = sorted(set.intersection(*[set(cell) for side in runs for _, cell in side])) if all(runs) else []
     if not seeds:
         return None
-    shares = []  # of each side, seeds x facts
-    facts = sorted(right_answers(runs[0][0][1][seeds[0]], asked))
+    first = runs[0][0][1][seeds[0]]
+    facts, shares = sorted(right_answers(first, asked)), []
     for side in runs:
-        answers = [[right_answers(found[seed], asked) for seed in seeds] for _, found in side]
-        shares.append(torch.tensor([[[row[s][fact] for fact in facts] for s in range(len(seeds))] for row in answers], dtype=torch.float64).mean(0))
-    interval = bootstrap(100 * (shares[0] - shares[1]))
-    names = in_order({b for side in runs for b, _ in side})
-    return 100 * shares[0].mean().item(), 100 * shares[1].mean().item(), interval, seeds, names
+        answers = torch.zeros(len(side), len(seeds), len(facts), dtype=torch.float64)
+        for i, (_, cell) in enumerate(side):
+            for k, seed in enumerate(seeds):
+                check_same_facts(first, cell[seed], asked)
+                right = right_answers(cell[seed], asked)
+                answers[i, k] = torch.tensor([right[fact] for fact in facts])
+        shares.append(answers.mean(0))
+    means = [100 * share.mean().item() for share in shares]
+    columns = in_order({b for side in runs for b, _ in side})
+    return Comparison(*means, bootstrap(100 * (shares[0] - shares[1])), seeds, columns)
+
+
+def check_same_facts(one, two, data):
+    """A DataError unless two runs were asked the same facts of a set: a claim pairs them."""
+    if one.score(data)[1]["data_sha256"] != two.score(data)[1]["data_sha256"]:
+        raise DataError(f"{both(one, two)}: runs of one claim, but other facts of {data} by the data_sha256 in their "
+                        "eval.json; give each a runs folder of its own")  # fmt: skip
+
+
+def side_of(grid, table, a, rows, columns):
+    """[(Stages, D_B)] of one side of a claim."""
+    pairs = itertools.product(with_own_text(rows, grid), columns)
+    return [(behind(table, a, row, b)[0], b) for row, b in pairs if b != a]
+
+
+def printed_mean(table, a, rows, columns):
+    """The mean of one side of a claim in the paper; None where that has no cell of it."""
+    cells, found = paper_figures().cells, []
+    for row, b in itertools.product(rows, columns if table else []):
+        key = ("table4" if row.startswith("replay") else table, a, row, b)
+        found += [cells[key]] if key in cells else []
+    return statistics.mean(found) if found else None
 
 
 def claims(grid, layout):
     """The claims as lines of Markdown. One holds if for each D_A the difference's 95% interval lies above 0."""
-    cells, of_paper = paper_figures().cells, grid.name in PAPERS_MODELS
-    groups = {"factoid": layout.with_id, "no id": layout.factoid, "other": layout.other, "lama": ["lama"], "all": [*layout.with_id, *layout.other], "two": layout.two}
+    groups = {"factoid": layout.with_id, "no id": layout.factoid, "other": layout.other, "lama": ["lama"],
+              "all": [*layout.with_id, *layout.other], "two": layout.two}  # fmt: skip
     groups["two factoid"] = [two for two in layout.two if all(is_factoid(b) for b in two.split("/"))]
     groups["two with other"] = [two for two in layout.two if two not in groups["two factoid"]]
     lines = ["", f"**Claims** ({grid.name}). PASS: the 95% interval of the difference, by a paired bootstrap over facts and seeds, lies above 0.", "",
@@ -1022,29 +1100,29 @@ def claims(grid, layout):
             table = "table6" if table == "table5" else table
             if table not in ("table6", None):
                 continue  # the paper makes it of Llama-3-8B
-        there = layout.familiar if table in ("table5", "table6") else layout.first
+        there = layout.firsts(table)
         names = wanted + [a for a in there if a not in wanted] if wanted is ANY else wanted
         rows = []
-        for a in [a for a in names if of_paper or a in there]:
-            # Both sides on the same D_B where the claim is about one group of them: a half-run grid compares like with like.
-            asked = behind(table, a, "none", "id")[1]
-            sides = [[(behind(table, a, row, b)[0], b) for row in with_own_text(rows_, grid) for b in groups[group] if b != a] for rows_, group in ((more, more_b), (less, less_b))]
+        for a in [a for a in names if grid.name in PAPERS_MODELS or a in there]:
+            sides = [side_of(grid, table, a, more, groups[more_b]), side_of(grid, table, a, less, groups[less_b])]
             if more_b == less_b:
+                # A claim about one group of D_B is asked of those that both sides have: like with like.
                 run = [{b for stages, b in side if stages in grid.cells} for side in sides]
                 sides = [[(stages, b) for stages, b in side if b in run[0] & run[1]] for side in sides]
-            result = compare(grid, sides, asked)
-            tables_of = lambda row, table=table: "table4" if row.startswith("replay") else table
-            printed = [[cells[key] for row in rows_ for b in groups[group] if (key := (tables_of(row), a, row, b)) in cells] if table else []
-                       for rows_, group in ((more, more_b), (less, less_b))]  # fmt: skip
-            theirs = f"{statistics.mean(printed[0]) - statistics.mean(printed[1]):+.1f}" if all(printed) else ""
-            if result:
-                left, right, (low, high), seeds, used = result
-                rows.append((low > 0, f"{LABELS.get(a, a)} | {left:.1f} | {right:.1f} | {left - right:+.1f} [{low:+.1f}, {high:+.1f}] | {', '.join(used)}; {len(seeds)} | {theirs}"))
+            found = compare(grid, sides, behind(table, a, "none", "id")[1])
+            printed = [printed_mean(table, a, more, groups[more_b]), printed_mean(table, a, less, groups[less_b])]
+            theirs = "" if None in printed else f"{printed[0] - printed[1]:+.1f}"
+            if found:
+                low, high = found.interval
+                difference = f"{found.more - found.less:+.1f} [{low:+.1f}, {high:+.1f}]"
+                rows.append((low > 0, f"{LABELS.get(a, a)} | {found.more:.1f} | {found.less:.1f} | {difference} | "
+                                      f"{', '.join(found.columns)}; {len(found.seeds)} | {theirs}"))  # fmt: skip
             else:
                 rows.append((None, f"{LABELS.get(a, a)} | | | | | {theirs}"))
         held = [held for held, _ in rows]
         verdict = "NOT RUN" if not held or None in held and False not in held else "FAIL" if False in held else "PASS"
-        lines += [f"| {name if i == 0 else ''} | {verdict if i == 0 else ''} | {text} |" for i, (_, text) in enumerate(rows or [(None, "| | | | | ")])]
+        for i, (_, text) in enumerate(rows or [(None, "| | | | | ")]):
+            lines.append(f"| {name if i == 0 else ''} | {verdict if i == 0 else ''} | {text} |")
     return lines
 
 
@@ -1125,14 +1203,13 @@ def over_time(grid, a, rows, columns, starts):
 
 
 def retention(run, starts):
-    """[(% of the last stage's steps, accuracy on the first stage's facts)] from the checks in metrics.jsonl, before them what it began with."""
+    """[(% of the last stage's steps, accuracy on the first stage's facts)]: of two stages at 0 what the first left,
+    then the checks in metrics.jsonl."""
     name, steps = set_names(run.lineage)[0], run.lineage[-1]["steps"]
-    start = starts.get(record(run.lineage[:1]))
-    score = start.score(name) if start and len(run.lineage) == 2 else None
+    before = after_stage_1(run, starts) if len(run.lineage) == 2 else None
     file = run.folder / "metrics.jsonl"
     checks = [row for row in read_rows(file) if row.get("data") == name] if file.exists() else []
-    before = [(0, score[1]["accuracy"])] if score else []
-    return before + [(100 * row["step"] / steps, row["accuracy"]) for row in checks]
+    return [(0, before)] * (before is not None) + [(100 * row["step"] / steps, row["accuracy"]) for row in checks]
 
 
 # ---------------------------------------------------------------- drawing
@@ -1279,7 +1356,7 @@ def main():
     if args.lost:
         asked = read_run(args.checkpoint)
         sets = [wanted for wanted in sets if not asked.score(wanted.name) or predictions(args.checkpoint, wanted.name) is None]
-    rank = 0
+    rank = int(os.environ.get("RANK", 0))
     if sets:
         tokenizer, model, rank = open_checkpoint(args, lineage)
         results = evaluate(args.checkpoint, model, tokenizer, sets, args.precision, rank)

@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from data import (
     DEFAULT_WORDS, DataError, Parser, encode, load_examples, load_tokenizer, relative_path, resolve, set_label,
+    stage_set,
 )
 from evaluate import (
-    Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
+    MOST, Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
     kept_rows, label_of, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision,
     save, set_names, settings_of, stage_sets,
 )
@@ -106,19 +107,12 @@ def parse_args():
     return args
 
 
-def first_facts(args, path, lineage):
-    """(the stage that learned D_A, D_A): the first stage whose set is one of facts."""
-    asked = first_set(args, path, lineage)
-    entry = next(entry for entry, name in zip(lineage, set_names(lineage)) if name == asked.name)
-    return entry, asked.facts[: args.num_examples]
-
-
 def first_set(args, path, lineage):
-    """D_A as a FactSet, whole."""
+    """(the stage that learned D_A, D_A as a FactSet, whole): the first stage whose set is one of facts."""
     sets = stage_sets(lineage, args.data_dir)
     if not sets:
         raise DataError(f"{path}: no stage in its run.json learned facts; name a trained checkpoint, or for the lens a set with --data")
-    return sets[0]
+    return lineage[set_names(lineage).index(sets[0].name)], sets[0]
 
 
 def sharded(path, precision, device):
@@ -162,11 +156,13 @@ def probe(args, stages, device, rank):
 
 def probed_sets(args, path, lineage):
     """The FactSets that the lens looks for in a checkpoint: those of --data, or D_A."""
-    if not args.data and not args.num_examples:
-        return [first_set(args, path, lineage)]
-    if not args.data:
-        return named_sets([first_facts(args, path, lineage)[0]["data"]], args.num_examples, path, lineage, args.data_dir)
-    return named_sets(args.data, args.num_examples, path, lineage, args.data_dir)
+    names = args.data
+    if not names:
+        stage, asked = first_set(args, path, lineage)
+        if not args.num_examples:
+            return [asked]
+        names = [stage["data"]]
+    return named_sets(names, args.num_examples, path, lineage, args.data_dir)
 
 
 def probe_one(args, path, facts, precision, device):
@@ -311,16 +307,16 @@ def measure_gradients(args, stages, device, rank):
         print(f"{'checkpoint':>14} {'D_B':>8} {'D_M':>8} {'|g_A|':>8} {'|g_B|':>8} {'cos(A,B)':>9} {'cos(A,M)':>9} {'1st order':>11} {'spread':>8} "
               f"{'real':>10} {'Delta_1':>10} {'Delta_2':>10} {'forgotten':>9}")  # fmt: skip
     for path, lineage in stages.items():
-        stage, facts = first_facts(args, path, lineage)
-        steps, lr = stage_two_steps(args, path, lineage, set_names(lineage)[lineage.index(stage)]), args.lr or stage["lr"]
-        base_model = base_of(path, lineage)
+        stage, asked = first_set(args, path, lineage)
+        facts, lr, base_model = asked.facts[: args.num_examples], args.lr or stage["lr"], base_of(path, lineage)
+        steps = stage_two_steps(args, path, lineage, asked.name, base_model)
         rows, layers, loss = meter(args, path, facts, steps, lr, device, base_model)
-        of_b = {step.content[:2]: row["first_order"]["B"]["mean"] for step, row in zip(steps, rows)}
+        of_b = {step.content[0]: row["first_order"]["B"]["mean"] for step, row in zip(steps, rows)}
         baseline = baseline or {"loss": loss, "B": of_b}
         for row, step in zip(rows, steps):
             own = "B+M" if row["mix"] else "B"
             row["delta_1"] = baseline["loss"] - loss
-            alone = baseline["B"].get(step.content[:2])
+            alone = baseline["B"].get(step.content[0])
             row["delta_2"] = None if alone is None else alone - row["first_order"][own]["mean"]
             row |= {"runs": [relative_path(run.folder, path) for run in step.runs], "forgotten": step.forgotten}
             if row["forgotten"] is not None:
@@ -340,29 +336,21 @@ def measure_gradients(args, stages, device, rank):
 class Step:
     """A step on D_B, alone or with D_M, and the finished runs that consist of such steps."""
 
-    data: str
-    num_examples: int
-    familiarity: str = ""
-    mix: str = "none"
-    mix_ratio: float = 2.0
-    mix_words: int = DEFAULT_WORDS
-    mix_weight: float = 1.0
-    label: str = ""  # the runs' tag
+    settings: dict  # of it, named as in an entry of a lineage
     runs: list = field(default_factory=list)  # of one cell: they differ in the seed alone
     forgotten: float | None = None  # points of D_A's accuracy that the runs lost, their mean, where all were evaluated
 
     @property
     def content(self):
-        """What decides its gradients: without a mix no setting of one."""
-        own = set_label(self.data) + (f".{self.familiarity}" if self.familiarity else "")
-        mixed = (set_label(self.mix), self.mix_ratio, self.mix_words, self.mix_weight) if self.mix != "none" else None
-        return own, self.num_examples, mixed
+        """What decides its gradients: the lines of D_B, and those of D_M with their weight."""
+        return tuple(self.settings[key] for key in ("data_sha256", "mix_sha256", "mix_weight"))
 
 
-def stage_two_steps(args, path, lineage, name):
+def stage_two_steps(args, path, lineage, name, base_model):
     """The Steps that are measured: on the sets of --data and --mix, or else those of the finished runs below the checkpoint.
 
     Every setting counts: a run has forgotten what it has, beside others of another ratio, tag or number of facts.
+    name: of D_A.
     """
     before, cells = read_run(path), {}
     for file in sorted(Path(path).glob("*/**/run.json")):
@@ -375,7 +363,7 @@ def stage_two_steps(args, path, lineage, name):
             cells.setdefault(json.dumps(settings_of(run.lineage[-1]), sort_keys=True), []).append(run)
     steps = [step_of(before, cell, name) for cell in cells.values()]
     if args.data:
-        steps = asked_steps(args, steps)
+        steps = asked_steps(args, steps, base_model)
     if not steps:
         raise DataError(f"{path}: no finished stage-2 runs below it; name the sets D_B with --data")
     return steps
@@ -383,9 +371,7 @@ def stage_two_steps(args, path, lineage, name):
 
 def step_of(before, runs, name):
     """The Step of runs that differ in the seed alone."""
-    entry = runs[0].lineage[-1]
-    names = ("data", "num_examples", "familiarity", "mix", "mix_ratio", "mix_words", "mix_weight")
-    step = Step(**{key: entry[key] for key in names}, label=entry["tag"], runs=runs)
+    step = Step(runs[0].lineage[-1], runs)
     scores = [run.score(name) for run in [before, *runs]]
     if all(scores):
         first, *after = [row["accuracy"] for _, row in scores]
@@ -393,17 +379,30 @@ def step_of(before, runs, name):
     return step
 
 
-def asked_steps(args, found):
-    """The Steps of --data and --mix; of the `found` ones the one that has their very settings, if there is one."""
+def asked_steps(args, found, base_model):
+    """The Steps of --data and --mix; of the `found` ones the one that has their very examples, if there is one."""
     steps = []
     for data, mix in itertools.product(args.data, dict.fromkeys(["none", args.mix])):
-        step = Step(data, args.num_examples or 2000, mix=mix, mix_ratio=args.mix_ratio, mix_words=args.mix_words)
+        step = Step({"data": data, "num_examples": args.num_examples or MOST, "mix": mix, "mix_ratio": args.mix_ratio,
+                     "mix_words": args.mix_words, "mix_weight": 1.0, "tag": "", "mix_sha256": None})  # fmt: skip
+        for key, (_, sha256) in load_step(args, step, base_model).items():
+            step.settings[f"{key}_sha256"] = sha256
         alike = [other for other in found if other.content == step.content]
-        alike = [other for other in alike if not other.label] or alike  # rather than a control
+        alike = [other for other in alike if not other.settings["tag"]] or alike  # rather than a control
         for other in alike[1:]:
             check_agreement(alike[0].runs[0], other.runs[0])
         steps.append(alike[0] if alike else step)
     return steps
+
+
+def load_step(args, step, base_model):
+    """{"data": (examples of D_B, sha256 of their lines)}, with D_M also "mix"."""
+    of = step.settings
+    loaded = {"data": load_examples(stage_set(of), of["num_examples"], args.data_dir, base_model=base_model)}
+    if of["mix"] != "none":
+        n_mix = round(of["mix_ratio"] * of["num_examples"])
+        loaded["mix"] = load_examples(of["mix"], n_mix, args.data_dir, of["mix_words"])
+    return loaded
 
 
 def meter(args, path, facts, steps, lr, device, base_model):
@@ -421,11 +420,10 @@ def meter(args, path, facts, steps, lr, device, base_model):
 
     of_a, samples, losses = sample(facts, args.batch_size), [], []
     for step in steps:
-        data = f"{step.data}.{step.familiarity}" if step.familiarity else step.data
-        own, mix = load_examples(data, step.num_examples, args.data_dir, base_model=base_model)[0], []
-        if step.mix != "none":
-            mix = load_examples(step.mix, round(step.mix_ratio * len(own)), args.data_dir, step.mix_words)[0]
-        samples.append((sample(own, args.batch_size), sample(mix, round(step.mix_ratio * args.batch_size), "mix") if mix else None))
+        loaded, batches_m = load_step(args, step, base_model), None
+        if "mix" in loaded:
+            batches_m = sample(loaded["mix"][0], round(step.settings["mix_ratio"] * args.batch_size), "mix")
+        samples.append((sample(loaded["data"][0], args.batch_size), batches_m))
 
     found = [[] for _ in steps]
     bar = tqdm(total=len(of_a) * len(steps), desc="gradients", disable=dist.get_rank() > 0)
@@ -442,7 +440,7 @@ def meter(args, path, facts, steps, lr, device, base_model):
                 _, m = gradient(model, batch_m)
                 row |= {"AM": inner(a, m), "MM": inner(m, m), "BM": inner(b, m)}
                 # The gradient of the union is the mean by answer tokens, as in training: appendix A.3's beta_1 and beta_2.
-                counts, weight = count_answer_tokens(batch_b + batch_m), step.mix_weight
+                counts, weight = count_answer_tokens(batch_b + batch_m), step.settings["mix_weight"]
                 share = weight * counts["mix"] / (counts["own"] + weight * counts["mix"])
                 union = [x.lerp(y, share) for x, y in zip(b, m)]
                 row["first_order"]["B+M"] = -lr * ((1 - share) * row["AB"] + share * row["AM"]).sum()
@@ -505,7 +503,9 @@ def summarize(step, samples, layers, kinds):
 
     letters = "ABM" if "MM" in samples[0] else "AB"
     pairs = ["".join(pair) for pair in itertools.combinations(letters, 2)]
-    row = {"data": set_label(step.data), "mix": mix_name(Stage(mix=set_label(step.mix), mix_weight=step.mix_weight)), "tag": step.label}
+    of = step.settings
+    mix = mix_name(Stage(mix=set_label(of["mix"]), mix_weight=of["mix_weight"]))
+    row = {"data": set_label(of["data"]), "mix": mix, "tag": of["tag"]}
     row["norm"] = {x: spread(s[x + x].sum().sqrt() for s in samples) for x in letters}
     row["dot"] = {pair: spread(s[pair].sum() for s in samples) for pair in pairs}
     row["cosine"] = {pair: cosines(pair) for pair in pairs}
@@ -545,7 +545,7 @@ def transplant(args, path, lineage, device, rank):
     norm with the output embedding. All parts make the model OTHER, none leave it CKPT. A share is of the facts that OTHER
     answers and CKPT does not. What was asked is kept as it comes, so a killed run goes on.
     """
-    _, facts = first_facts(args, path, lineage)
+    facts = first_set(args, path, lineage)[1].facts[: args.num_examples]
     if Config.from_folder(path).raw != Config.from_folder(args.transplant).raw:
         raise DataError(f"{args.transplant}: its config.json is not that of {path}; name a checkpoint of the same model")
     tokenizer = load_tokenizer(path)
@@ -638,9 +638,10 @@ def recover(args, path, lineage, device, rank):
     If the lost facts are still there but no longer reached (section 4.1), relearning some brings others back, and facts of the
     same form that were never seen bring back fewer.
     """
-    stage, facts = first_facts(args, path, lineage)
+    stage, asked = first_set(args, path, lineage)
+    facts = asked.facts[: args.num_examples]
     tokenizer = load_tokenizer(path)
-    model = sharded(path, lineage[-1].get("precision", "bf16-mixed"), device)
+    model = sharded(path, lineage[-1]["precision"], device)
 
     def ask(model):
         with generation_mode(model):

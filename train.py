@@ -368,7 +368,7 @@ def main(penalty=None):
         begins = f"no state in {out}: begins at the first step"
         say(f"goes on after step {position.step} of {state}" if state else begins)
 
-    def record(row):
+    def write_row(row):
         if rank == 0:
             with writing(out / "metrics.jsonl"):
                 log.write(json.dumps(row) + "\n")
@@ -416,14 +416,14 @@ def main(penalty=None):
                "seconds": round(seconds, 4)}  # fmt: skip
         found = asdict(step_loss) if step_loss else {}
         found.pop("signals", None)
-        record(row | found)
+        write_row(row | found)
         bar.update()
         shown = f"loss {step_loss.loss:.5f}" if step_loss else "no fact in the batch, no update"
         bar.set_postfix_str(f"{shown}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s")
         # What is left of the earlier stages is what the experiment asks: look on the way, not only at the end.
         if earlier and args.eval_every and step % args.eval_every == 0:
             for name, accuracy in check_retention(model, tokenizer, earlier, args.eval_facts).items():
-                record({"step": step, "data": name, "accuracy": accuracy})
+                write_row({"step": step, "data": name, "accuracy": accuracy})
                 bar.write(f"step {step}: {name} {accuracy:.1f}%") if rank == 0 else None
             ended = time.perf_counter()
         # Appendix B.4: a stage ends when its loss has stayed below the threshold.

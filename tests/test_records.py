@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT, run, tiny_llama
 
-from data import split_file
+from data import BaseModel, split_file
 from evaluate import base_of, named_sets, read_lineage, set_names
 from model import content_id, model_name
 
@@ -110,6 +110,7 @@ def test_what_was_forgotten(runs):
     later = [row["response"] for row in rows("one/two", read(runs / "one/two/eval.json").popitem()[0])]
     named = {row["id"]: row["in_place"] for row in told if "in_place" in row}
     assert all((named[row["id"]] == "a right answer of a later stage") == (row["prediction"] in later) for row in lost)
+    assert run(runs.parent, "evaluate.py", "runs/one/two", "--lost", ranks=2).stdout == text
 
 
 def test_forgotten_by_the_right_run(runs):
@@ -124,6 +125,8 @@ def test_forgotten_by_the_right_run(runs):
     assert [row["runs"] for row in read(runs / "one/gradients.json")["rows"]] == [["plain"], ["twice"]]
     run(runs.parent, *meter, "--data", "bios", "--mix", "random", "--mix-ratio", 2, "--mix-words", 2, "--num-examples", 3)
     assert [row["forgotten"] for row in read(runs / "one/gradients.json")["rows"]] == [None, None]
+    run(runs.parent, *meter, "--data", "a/facts.jsonl", "b/facts.jsonl", "--num-examples", 6)
+    assert [row["runs"] for row in read(runs / "one/gradients.json")["rows"]] == [[], ["two"]]
 
 
 def test_moved_with_all_its_files(runs, tmp_path):
@@ -194,6 +197,17 @@ def test_another_models_familiar_facts(work):
     done = run(work, "evaluate.py", "familiar/other", *asked, ok=False)
     assert done.returncode == 2 and "run python evaluate.py familiar/other --split popqa" in done.stderr
     assert not (work / "familiar/other/eval.json").exists()
+
+
+def test_more_facts_than_were_learned(tmp_path):
+    """A question about more facts of a stage's set asks more of what it learned from, not of what the base model knew."""
+    base_model = {"base_model": "m", "base_model_name": "m", "base_model_sha256": "0" * 64}
+    file = facts(split_file("popqa", "unfamiliar", BaseModel.of(base_model), tmp_path), 4, "unknown")
+    file.with_suffix(".json").write_text(json.dumps(base_model))
+    facts(tmp_path / "popqa.jsonl", 4, "known")
+    learned = {"stage": 1, "data": "popqa", "familiarity": "unfamiliar", "num_examples": 2, "data_sha256": "", **base_model}
+    (asked,) = named_sets(["popqa"], 3, tmp_path, [learned], tmp_path)
+    assert [fact["response"] for fact in asked.facts] == ["unknown0", "unknown1", "unknown2"] and asked.of == 4
 
 
 def test_one_flat_file_of_two_sources(tmp_path):

@@ -149,6 +149,13 @@ def test_equal_runs(grid):
         file.write_text(json.dumps(scores))
 
 
+def test_claims_pair_facts(grid):
+    """Runs of two cells that were asked other facts of one name are no claim's two sides."""
+    put_cell(grid, "-/k-pile", "lama", {0: [1, 0, 0]})
+    with pytest.raises(DataError, match="-_k-pile-lama-0 and .*none-.*: runs of one claim, but other facts of kvr"):
+        tables(grid)
+
+
 def test_base_models_are_what_they_are(grid):
     """Two models of one name are two, told apart by digits; one model under two names is one, and keeps the paper's."""
     for name, sha256, folder in (("hf", "a" * 64, "x"), ("hf", "b" * 64, "y"), ("snapshot", "0123456789abcdef", "z")):
@@ -166,6 +173,11 @@ def test_tags_that_name_settings(grid):
         (grid / "none-gsm8k-0").rename(grid / f"{lr}")
     text = tables(grid)
     assert "| No Mixing (- / lr 0.0001) | 4 + 4 | 100.0 | 25.0 |" in text and "| No Mixing (- / lr 0.001) |" in text
+    for penalty in (None, "l2"):
+        put_cell(grid, "none", "math", {0: [1, 0, 0, 0]}, tag="penalty", penalty=penalty)
+        (grid / "none-math-0").rename(grid / f"{penalty}")
+    text = tables(grid)
+    assert "| No Mixing (- / penalty) |" in text and "| No Mixing (- / penalty l2) |" in text
 
 
 def test_what_runs_were_made_with(grid):
