@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
-    SETS, BaseModel, DataError, Parser, encode_example, load_examples, load_pool, load_tokenizer, path_from,
+    SETS, BaseModel, DataError, Parser, encode_example, is_split, json_line, load_examples, load_pool, load_tokenizer, path_from,
     relative_path, resolve, set_label, split_file, stage_facts, stage_set, write_file, write_flat,
 )
 from model import (
@@ -156,8 +156,8 @@ def named_sets(names, n, path, lineage, data):
 
     A question about fewer facts, or about others under a name that is taken, gets a name of its own.
     """
-    kept, sets = {"data": data, "base_model": base_of(path, lineage)}, {}
-    taken, of_stages = {name: row["data_sha256"] for name, row in read_run(path).scores.items()}, {}
+    kept = {"data": data, "base_model": base_of(path, lineage) if lineage or any(map(is_split, names)) else None}
+    sets, taken, of_stages = {}, asked_before(path), {}
     for name, entry in zip(set_names(lineage), lineage):
         taken[name] = entry["data_sha256"]
         of_stages.setdefault(entry["data_sha256"], name)
@@ -166,21 +166,30 @@ def named_sets(names, n, path, lineage, data):
         source = stage_set(learned) if learned else asked
         if learned and (n is None or n <= learned["num_examples"]):
             stage_facts(learned, data)  # refuses what is no longer what it learned
-            of = learned["num_examples"]
-            facts, sha256 = load_examples(source, n or of, **kept)
+            whole = learned["num_examples"]
+            facts, sha256 = load_examples(source, n or whole, **kept)
         else:
             facts, sha256 = load_examples(source, n or MOST, **kept, fewer=n is None)
-            of = len(load_examples(source, MOST, **kept, fewer=True)[0])
+            whole = len(load_examples(source, MOST, **kept, fewer=True)[0])
         if any("messages" in fact for fact in facts):
             raise DataError(f"{asked}: holds chats, which have no single right answer; name sets of facts")
-        name = set_label(asked) + (f".first{n}" if n and n != of else "")
+        name = set_label(asked) + (f".first{n}" if n and n != whole else "")
         if sha256 in of_stages:
             name = of_stages[sha256]
         elif taken.get(name, sha256) != sha256:
             name += f".{sha256[:8]}"
         taken[name] = sha256
-        sets[name] = FactSet(name, facts, set_label(asked), of, sha256)
+        sets[name] = FactSet(name, facts, set_label(asked), max(whole, len(facts)), sha256)
     return list(sets.values())
+
+
+def asked_before(path):
+    """{name: data_sha256} of what a folder's model was asked and probed on."""
+    taken = {name: row["data_sha256"] for name, row in read_run(path).scores.items()}
+    for file in Path(path).glob("probe.*.json"):
+        result = read_rows(file)
+        taken.setdefault(file.name.removeprefix("probe.").removesuffix(".json"), result.get("data_sha256"))
+    return taken
 
 
 def same_set(asked, data):
@@ -219,6 +228,8 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     answer's first line is the response or one of its aliases. What was answered is kept as it comes, so a killed run goes on.
     """
     base = resolve(name)[0] if not name.endswith(".jsonl") else set_label(name)
+    if name.endswith(".jsonl") and base.partition(".")[0].removesuffix("-id") in SETS:
+        raise DataError(f"{name}: its facts would be kept under the name of the set {base}; rename it")
     target = {kind: split_file(base, kind, base_model, data) for kind in ("familiar", "unfamiliar")}
     pool, sha256 = load_pool(name, data)
     if len(pool) <= n_shots:
@@ -230,8 +241,8 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     for file in target.values():
         manifest = file.with_suffix(".json")
         before = read_rows(manifest) if manifest.exists() else {}
-        if before.get("data_sha256") == sha256 and before["asked"] > len(facts):
-            raise DataError(f"{file}: made by asking {before['asked']} facts, more than these {len(facts)}; remove it to ask fewer")
+        if before and (before.get("data_sha256") != sha256 or before["asked"] > len(facts)):
+            raise DataError(f"{file}: made by asking {before['asked']} facts, others or more than these {len(facts)}; remove it to ask these")
     part = target["familiar"].with_suffix(".part")
     answers = kept_rows(part, header)[: len(facts)]
     shown = "".join(f"{pool[i]['prompt']} {pool[i]['response']}\n\n" for i in shots)
@@ -288,19 +299,35 @@ OUTCOMES = ("steps", "updates", "tokens", "seconds", "final_loss", "losses", "st
 DONE_WITH = ("commit", "clean", "python", "torch", "device", "ranks")
 LOGGING = ("eval_every", "eval_facts")
 NO_SETTINGS = {"seed", "base_model_name", *PATHS, *OUTCOMES, *DONE_WITH, *LOGGING}
-MIX_SETTINGS = {"mix_ratio", "mix_words", "mix_weight"}  # decide nothing without a mix
-LINEAGE_FIELDS = {"stage", "data", "num_examples", "seed", "data_sha256", "base_model_name", "base_model_sha256", "tag", *MIX_SETTINGS,
-                  "mix", "replay", "precision", *PATHS, *OUTCOMES, *DONE_WITH}  # fmt: skip
-SCORE_FIELDS = {"data", "accuracy", "correct", "total", "of", "precision", "data_sha256"}
+MIX_SETTINGS = {"mix_ratio", "mix_words", "mix_weight", "equal_weight"}  # decide nothing without a mix
+# What is read of an entry, and of a row of eval.json.
+STAGE_FIELDS = {
+    **dict.fromkeys(["data", "mix", "tag", "precision", "data_sha256", "base_model_name", "base_model_sha256", *PATHS], str),
+    **dict.fromkeys(["stage", "num_examples", "seed", "mix_words", "steps", "ranks"], int),
+    **dict.fromkeys(["mix_ratio", "mix_weight", "replay"], (int, float)), **dict.fromkeys(DONE_WITH, object),
+}  # fmt: skip
+SCORE_FIELDS = {
+    **dict.fromkeys(["data", "precision", "data_sha256"], str), **dict.fromkeys(["correct", "total", "of"], int), "accuracy": (int, float),
+}  # fmt: skip
 
 
 def read_rows(path):
     """The value in a JSON file, or the list of those in a JSON-lines file."""
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+        if path.suffix == ".json":
+            return json.loads(text)
+        rows = [json.loads(line) for line in text.split("\n") if line]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is no JSON object")
+        return rows
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable ({error}); train or evaluate that run again") from None
+
+
+def wrong_fields(row, fields):
+    """The names of those fields {name: type} that a row lacks, or has of another type."""
+    return [name for name, kind in fields.items() if name not in row or not isinstance(row[name], kind)]
 
 
 def read_lineage(path):
@@ -309,13 +336,13 @@ def read_lineage(path):
     if not file.exists() and file.with_name("metrics.jsonl").exists():
         raise DataError(f"{path}: an unfinished run, without run.json; finish it with train.py --resume")
     lineage = read_rows(file) if file.exists() else []
-    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and "stage" in entry for entry in lineage):
+    stages = isinstance(lineage, list) and all(isinstance(entry, dict) and "stage" in entry for entry in lineage)
+    if not stages or file.exists() and not lineage:
         raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again")
     for number, entry in enumerate(lineage, 1):
-        missing = sorted(LINEAGE_FIELDS - entry.keys())
-        if missing:
-            raise DataError(f"{file}: stage {number} lacks {', '.join(missing)}, as records of an earlier version of this code do; "
-                            "read it with that version, or train it again")  # fmt: skip
+        if wrong := wrong_fields(entry, STAGE_FIELDS):
+            raise DataError(f"{file}: stage {number} has not what this version of the code writes as {', '.join(wrong)}; read it with the version "
+                            "that wrote it, or train it again")  # fmt: skip
     return [with_paths(entry, lambda stored: path_from(path, stored)) for entry in lineage]
 
 
@@ -361,13 +388,18 @@ def base_of(path, lineage):
     return BaseModel.of(lineage[0]) if lineage else BaseModel(model_name(path), str(path), content_id(path))
 
 
+def shown_weight(settings):
+    """--mix-weight as a user would write it, of a stage's settings."""
+    return "equal" if settings.get("equal_weight") else f"{settings.get('mix_weight', 1):.3g}"
+
+
 @dataclass(frozen=True, order=True)
 class Stage:
     """What sets a stage apart from others in a table. In all other settings the runs of one cell agree."""
 
     data: str = ""
     mix: str = "none"
-    mix_weight: float = 1.0
+    mix_weight: str = "1"  # of "equal" the number follows from the examples, replayed ones too
     replay: float = 0.0
     tag: str = ""
     varied: tuple = ()  # (value,) of the setting whose name the tag is, if it is one's and has a value
@@ -377,7 +409,7 @@ class Stage:
         known = settings_of(entry)
         value = known.get(entry["tag"])
         varied = () if value is None else (value,)  # None has no place in an order
-        return cls(known["data"], known["mix"], known.get("mix_weight", 1.0), entry["replay"], entry["tag"], varied)
+        return cls(known["data"], known["mix"], shown_weight(known), entry["replay"], entry["tag"], varied)
 
 
 @dataclass
@@ -420,18 +452,33 @@ class Grid:
 
 def read_runs(folder):
     """Every finished run below a folder, in an order that does not depend on folders' names."""
-    runs = [read_run(file.parent) for file in Path(folder).rglob("run.json")]
+    runs = [read_run(run) for run in run_folders(folder)]
     if not runs:
         raise DataError(f"{folder}: no finished run below it; train some, and run evaluate.py on each")
     return sorted(runs, key=lambda run: record(run.lineage))
+
+
+def run_folders(folder):
+    """The folders of the finished runs below one, itself included; behind links too, but each only once."""
+    found = {}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in found:
+            folders.clear()  # a link that leads back
+        found.setdefault(real, Path(place) if "run.json" in files else None)
+        folders.sort()
+    return [place for place in found.values() if place]
 
 
 def read_run(folder):
     """The Run in a folder, also of one that has not been asked anything."""
     folder = Path(folder)
     scores = read_rows(folder / "eval.json") if (folder / "eval.json").exists() else {}
-    if not isinstance(scores, dict) or not all(isinstance(row, dict) and row.keys() >= SCORE_FIELDS for row in scores.values()):
-        raise DataError(f"{folder / 'eval.json'}: not as this version of the code writes it; remove it and run evaluate.py again")
+    rows = scores.values() if isinstance(scores, dict) else [None]
+    for row in rows:
+        fits = isinstance(row, dict) and not wrong_fields(row, SCORE_FIELDS) and row["total"] > 0
+        if not fits or row["accuracy"] != 100 * row["correct"] / row["total"]:
+            raise DataError(f"{folder / 'eval.json'}: not as this version of the code writes it; remove it and run evaluate.py again")
     return Run(folder, read_lineage(folder), scores)
 
 
@@ -469,14 +516,14 @@ def check_agreement(one, two):
     """A DataError where two runs of a cell differ in more than the seed."""
     (one, two), differing = sorted([one, two], key=lambda run: str(run.folder)), []
     for stage, (first, second) in enumerate(zip(one.lineage, two.lineage), 1):
-        matched = first.get("step_matched") and second.get("step_matched")  # as many steps, whatever epochs that takes
+        # Numbers that follow from another setting: as many steps as a run's, and the weight that makes two sources equal.
+        follow = [key for key, why in (("epochs", "step_matched"), ("mix_weight", "equal_weight")) if first.get(why) and second.get(why)]
         first, second = settings_of(first), settings_of(second)
-        keys = [key for key in sorted(first | second) if first.get(key) != second.get(key) and not (matched and key == "epochs")]
-        differing += [(key.endswith("sha256"), f"{key} of stage {stage} is {first.get(key)} and {second.get(key)}") for key in keys]
+        keys = [key for key in first | second if first.get(key) != second.get(key) and key not in follow]
+        keys.sort(key=lambda key: (key.endswith("sha256"), key))
+        differing += [f"{key} of stage {stage} is {str(first.get(key))[:20]} and {str(second.get(key))[:20]}" for key in keys]
     if differing:
-        # Other hashes follow from another setting, where one differs.
-        chosen = [text for is_hash, text in differing if is_hash == min(differing)[0]]
-        raise DataError(f"{both(one, two)}: runs of one cell ({label_of(one.stages)}), but {'; '.join(chosen)}; give one of them a --tag, "
+        raise DataError(f"{both(one, two)}: runs of one cell ({label_of(one.stages)}), but {'; '.join(differing)}; give one of them a --tag, "
                         "or each a runs folder of its own")  # fmt: skip
 
 
@@ -513,7 +560,7 @@ def mix_name(stage):
     """A stage's D_M as tables show it, with its weight in the loss where that is not 1; None without one."""
     if stage.mix == "none":
         return None
-    return stage.mix + (f" of weight {stage.mix_weight:.3g}" if stage.mix_weight != 1 else "")
+    return stage.mix + {"1": "", "equal": " of equal weight"}.get(stage.mix_weight, f" of weight {stage.mix_weight}")
 
 
 def predictions(folder, name):
@@ -523,9 +570,13 @@ def predictions(folder, name):
 
 
 def right_answers(run, data):
-    """{fact: was it answered right} from a run's predictions alone."""
-    name, _ = run.score(data)
-    return {row["id"]: bool(row["correct"]) for row in read_rows(run.folder / f"predictions.{name}.jsonl")}
+    """Whether each fact of a set was answered right, in the set's order, from a run's predictions alone."""
+    name, score = run.score(data)
+    file = run.folder / f"predictions.{name}.jsonl"
+    right = [bool(row["correct"]) for row in read_rows(file)]
+    if (len(right), sum(right)) != (score["total"], score["correct"]):
+        raise DataError(f"{file}: not the answers that eval.json beside it counts; run evaluate.py again")
+    return right
 
 
 # ---------------------------------------------------------------- what was forgotten
@@ -538,7 +589,7 @@ IN_PLACE = ("a right answer of a later stage", "the answer of another fact of th
 class Lost:
     """A fact that was right after the stage that learned it, and is wrong now."""
 
-    id: str
+    place: int  # in its set
     prompt: str
     response: str
     prediction: str
@@ -550,12 +601,12 @@ def lost_facts(now, then, later):
     were_right = [row["correct"] for row in then] if then else [True] * len(now)
     of_later, of_set = ({folded(row["response"]) for row in rows} for rows in (later, now))
     lost = []
-    for row, was_right in zip(now, were_right):
+    for place, (row, was_right) in enumerate(zip(now, were_right)):
         if row["correct"] or not was_right:
             continue
         said, right = folded(row["prediction"]), folded(row["response"])
         fits = [said in of_later, said in of_set, is_near(said, right), True]
-        lost.append(Lost(row["id"], row["prompt"], row["response"], row["prediction"], IN_PLACE[fits.index(True)]))
+        lost.append(Lost(place, row["prompt"], row["response"], row["prediction"], IN_PLACE[fits.index(True)]))
     return lost
 
 
@@ -611,11 +662,11 @@ def folder_of_stage(lineage, stage):
 
 def say_forgotten(found, all_of_them):
     """Print a Forgotten: how many facts, what stands in their place, and five of them or all."""
-    since = f"that stage {found.stage} had right" if found.compared else f"that stage {found.stage} learned (it was not asked itself)"
+    since = f"that stage {found.stage} " + ("had right" if found.compared else "learned (its own answers are not there)")
     print(f"\n{found.name}: {len(found.lost)} of {found.known} facts {since} are lost" + (". In their place:" if found.lost else ""))
     for kind, count in Counter(fact.in_place for fact in found.lost).most_common():
         print(f"{count:6}  {kind}")
-    one_line = lambda text: " ".join(text.split())
+    one_line = lambda text: " ".join(text.encode(errors="replace").decode().split())
     for fact in found.lost if all_of_them else found.lost[:5]:
         print(f"  {one_line(fact.prompt)} | right: {one_line(fact.response)} | now: {one_line(fact.prediction)}")
     if len(found.lost) > 5 and not all_of_them:
@@ -886,13 +937,16 @@ def chains_table(grid, cells, starts):
         runs = [run for _, run in sorted(cell.items())]
         names = set_names(runs[0].lineage)
         first, last = names[0], names[-1]
-        above = f"{grid.name}, {', then '.join(names)}: exact match in %"
+        above = f"{grid.name}, {', then '.join(names)}: exact match in %".replace("|", r"\|")
         if above != heading:
             heading = above
-            columns = f"{first} after stage 1 | {first} at the end | {last} at the end"
+            titles = [f"{first} after stage 1", f"{first} at the end", f"{last} at the end"]
+            columns = " | ".join(title.replace("|", r"\|") for title in titles)
             lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | {columns} | runs |"]
             lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-        before = [accuracy for run in runs if (accuracy := after_stage_1(run, starts)) is not None]
+        # Runs that share a first stage have one figure of it.
+        begun = {record(run.lineage[:1]): after_stage_1(run, starts) for run in runs}
+        before = [accuracy for accuracy in begun.values() if accuracy is not None]
         at_end = [show(list(accuracies(grid, stages, name).values())) for name in (first, last)]
         label = label_of(stages).replace("|", r"\|")
         lines.append(f"| {label} | {mean_steps(runs)} | {show(before)} | {' | '.join(at_end)} | {len(runs)} |")
@@ -933,10 +987,8 @@ def tables(folder):
     """
     folder = Path(folder)
     runs = read_runs(folder)
-    unasked = [run for run in runs if not run.scores]
-    if unasked:
-        print(f"{len(unasked)} runs are not evaluated and left out, first {unasked[0].folder}; run evaluate.py on them", file=sys.stderr)
     starts = {record(run.lineage): run for run in runs}
+    say_unasked(runs, starts)
     lines, laid_out = [], False
     for grid in grids_of(runs):
         layout, shown, images = layout_of(grid), set(), []
@@ -969,8 +1021,20 @@ def tables(folder):
     return text
 
 
+def say_unasked(runs, starts):
+    """Print which runs no figure is of, or none on the facts of their first stage."""
+    unasked = []
+    for run in runs:
+        learned_facts = after_stage_1(run, starts) is not None
+        if not run.scores or learned_facts and not run.score(set_names(run.lineage)[0]):
+            unasked.append(str(run.folder))
+    if unasked:
+        print(f"{len(unasked)} runs were not asked what their first stage learned, and are left out there, first {min(unasked)}; "
+              "run evaluate.py on them", file=sys.stderr)  # fmt: skip
+
+
 def write_lines(path, rows):
-    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_file(path, "".join(map(json_line, rows)))
 
 
 def places(runs, folder):
@@ -990,18 +1054,18 @@ def ledger(runs, starts, folder):
         behind_it = [starts.get(record(run.lineage[:k])) for k in range(1, len(run.lineage) + 1)]
         folder_of = lambda k, found=behind_it: found[k - 1].folder if found[k - 1] else None
         for found in forgotten(run, folder_of):
-            lost_ones = {fact.id: fact for fact in found.lost}
-            asked = {}  # stage -> {fact: was it right}
+            asked = {}  # stage -> was each fact right after it
             for stage, at in enumerate(behind_it, 1):
-                if stage >= found.stage and at and (rows := predictions(at.folder, found.name)):
-                    asked[stage] = {row["id"]: row["correct"] for row in rows}
-            for fact in asked[max(asked)]:
-                right = [stage for stage in asked if asked[stage].get(fact)]
-                wrong = [stage for stage in asked if right and stage > right[0] and not asked[stage].get(fact)]
-                row = {"run": relative_path(run.folder, folder), "data": found.name, "id": fact,
+                if stage >= found.stage and at and at.score(found.name) and predictions(at.folder, found.name):
+                    asked[stage] = right_answers(at, found.name)
+            lost_ones = {fact.place: fact for fact in found.lost}
+            for place, fact in enumerate(predictions(run.folder, found.name)):
+                right = [stage for stage in asked if asked[stage][place]]
+                wrong = [stage for stage in asked if right and stage > right[0] and not asked[stage][place]]
+                row = {"run": relative_path(run.folder, folder), "data": found.name, "id": fact["id"],
                        "memorized": right[0] if right else None, "lost": wrong[0] if wrong else None}  # fmt: skip
-                if fact in lost_ones:
-                    row |= {"prediction": lost_ones[fact].prediction, "in_place": lost_ones[fact].in_place}
+                if place in lost_ones:
+                    row |= {"prediction": fact["prediction"], "in_place": lost_ones[place].in_place}
                 yield row
 
 
@@ -1050,15 +1114,14 @@ def compare(grid, sides, asked):
     seeds = sorted(set.intersection(*[set(cell) for side in runs for _, cell in side])) if all(runs) else []
     if not seeds:
         return None
-    first = runs[0][0][1][seeds[0]]
-    facts, shares = sorted(right_answers(first, asked)), []
+    first, shares = runs[0][0][1][seeds[0]], []
+    n_facts = first.score(asked)[1]["total"]
     for side in runs:
-        answers = torch.zeros(len(side), len(seeds), len(facts), dtype=torch.float64)
+        answers = torch.zeros(len(side), len(seeds), n_facts, dtype=torch.float64)
         for i, (_, cell) in enumerate(side):
             for k, seed in enumerate(seeds):
                 check_same_facts(first, cell[seed], asked)
-                right = right_answers(cell[seed], asked)
-                answers[i, k] = torch.tensor([right[fact] for fact in facts])
+                answers[i, k] = torch.tensor(right_answers(cell[seed], asked))
         shares.append(answers.mean(0))
     means = [100 * share.mean().item() for share in shares]
     columns = in_order({b for side in runs for b, _ in side})

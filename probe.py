@@ -32,11 +32,11 @@ from data import (
 )
 from evaluate import (
     MOST, Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
-    kept_rows, label_of, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision,
-    save, set_names, settings_of, stage_sets,
+    kept_rows, label_of, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision, run_folders,
+    save, set_names, settings_of, shown_weight, stage_sets,
 )
 from model import (
-    PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, end_process_group, fail, fits_beside,
+    PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, content_id, end_process_group, fail, fits_beside,
     generation_mode, load_model, load_weights, local, model_name, setup_device, write_json,
 )
 from train import (
@@ -135,8 +135,8 @@ def probe(args, stages, device, rank):
         for asked in probed_sets(args, path, lineage):
             facts, name = asked.facts, asked.name + (".first-token" if args.first_token else "")
             result, ranks = probe_one(args, path, facts, precision, device)
-            base_model = lineage[0]["base_model"] if lineage else None
-            if base_model and (Path(base_model) / "config.json").exists() and not args.no_base:
+            base_model = None if args.no_base else base_beside(lineage, rank)
+            if base_model:
                 key = (base_model, precision, json.dumps(facts))
                 if key not in base_models:
                     base_models[key] = probe_one(args, base_model, facts, precision, device)[0]
@@ -145,6 +145,7 @@ def probe(args, stages, device, rank):
             if lineage:
                 label = f"{label_of([Stage.of(entry) for entry in lineage])}, after {set_label(lineage[-1]['data'])}"
             results.append((name, label, result))
+            result["data_sha256"] = asked.data_sha256
             if rank == 0:
                 print_lens(path, name, result)
                 draw_ranks(ranks, result, f"{path}: {name}", Path(path) / f"probe.{name}.png")
@@ -152,6 +153,18 @@ def probe(args, stages, device, rank):
     if args.out and rank == 0:
         draw_figure4(results, args.out)
         print(f"-> {args.out}")
+
+
+def base_beside(lineage, rank):
+    """The folder of a checkpoint's base model, if it is there and still that model."""
+    folder = Path(lineage[0]["base_model"]) if lineage else None
+    if not folder or not (folder / "config.json").exists():
+        return None
+    if content_id(folder) == lineage[0]["base_model_sha256"]:
+        return folder
+    if rank == 0:
+        print(f"{folder}: not the base model any more that the checkpoint goes back to, so it is left out", file=sys.stderr)
+    return None
 
 
 def probed_sets(args, path, lineage):
@@ -353,8 +366,8 @@ def stage_two_steps(args, path, lineage, name, base_model):
     name: of D_A.
     """
     before, cells = read_run(path), {}
-    for file in sorted(Path(path).glob("*/**/run.json")):
-        run = read_run(file.parent)
+    for folder in run_folders(path):
+        run = read_run(folder)
         if record(run.lineage[:-1]) == record(lineage):
             if run.lineage[-1]["replay"]:
                 if dist.get_rank() == 0:
@@ -402,6 +415,9 @@ def load_step(args, step, base_model):
     if of["mix"] != "none":
         n_mix = round(of["mix_ratio"] * of["num_examples"])
         loaded["mix"] = load_examples(of["mix"], n_mix, args.data_dir, of["mix_words"])
+    for key, (_, sha256) in loaded.items():
+        if of.get(f"{key}_sha256") not in (None, sha256):
+            raise DataError(f"{of[key]}: in {args.data_dir}/ not what {step.runs[0].folder} was trained on; give the folder that holds it with --data-dir")
     return loaded
 
 
@@ -504,7 +520,7 @@ def summarize(step, samples, layers, kinds):
     letters = "ABM" if "MM" in samples[0] else "AB"
     pairs = ["".join(pair) for pair in itertools.combinations(letters, 2)]
     of = step.settings
-    mix = mix_name(Stage(mix=set_label(of["mix"]), mix_weight=of["mix_weight"]))
+    mix = mix_name(Stage(mix=set_label(of["mix"]), mix_weight=shown_weight(of)))
     row = {"data": set_label(of["data"]), "mix": mix, "tag": of["tag"]}
     row["norm"] = {x: spread(s[x + x].sum().sqrt() for s in samples) for x in letters}
     row["dot"] = {pair: spread(s[pair].sum() for s in samples) for pair in pairs}

@@ -290,6 +290,7 @@ def train_step(model, batch, micro_tokens, mix_weight=1.0, penalty=None, signals
 def main(penalty=None):
     """One stage, from its options to a finished checkpoint.
 
+    A penalty is a function, whose name stands in the record.
     penalty(model, batch, reference) is called in each step as train_step says; reference() is the model as the stage
     began (theta_A), loaded when first asked for. What it takes is not in the plan.
     """
@@ -335,9 +336,10 @@ def main(penalty=None):
                 examples, counts = encode_stage(args, lineage, tokenizer)
                 earlier = stage_sets(lineage, args.data_dir)
     args.lr = args.lr or LEARNING_RATES[config.model_type]
+    args.equal_weight = args.mix_weight == "equal"
     args.mix_weight = resolve_mix_weight(args.mix_weight, examples)
     args.epochs, args.step_matched = resolve_epochs(args.epochs, len(examples), args.batch_size)
-    args.penalty = getattr(penalty, "__name__", None)
+    args.penalty = penalty.__name__ if penalty else None
     with raise_on_all_ranks():
         entry = stage_entry(args, counts, base_of(args.model, lineage)) | made_with(device, world)
         settings = all_settings(args.model, entry, examples, config, lineage)

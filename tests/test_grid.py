@@ -107,6 +107,20 @@ def test_whole_and_shared(shared):
     assert {json.loads(line)["run"] for line in open(shared / RUNS / "facts.jsonl")} == chains
 
 
+def test_a_finished_run_of_other_settings(shared, python):
+    """What lies in a grid's folders is taken for done only if its record says what the plan does."""
+    folder = shared / RUNS / "tiny/kvr-s0"
+    for options, says in ((["--num-examples", "7"], "num_examples is 10, not 7"), (["--unfiltered"], "familiarity is 'unfamiliar', not ''")):
+        assert start(shared, python, *options, log="other").wait() == 2
+        assert says in (shared / "other").read_text()
+        (shared / "other").unlink()
+    record = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(record.replace('"base_model_sha256": "', '"base_model_sha256": "0'))
+    assert start(shared, python, "--dry-run", log="other").wait() == 2
+    (folder / "run.json").write_text(record)
+    assert f"{RUNS}/tiny/kvr-s0: holds a finished run whose base_model_sha256 is '0" in (shared / "other").read_text()
+
+
 def test_plan_of_a_begun_grid(shared, python):
     """What another seed would take follows from what the first took: as many steps and tokens."""
     assert start(shared, python, "--dry-run", "--seeds", "0 1", log="begun").wait() == 0

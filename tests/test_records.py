@@ -68,8 +68,10 @@ def test_a_question_about_fewer_facts(runs):
         "facts": (6, 6, "facts"), "facts.first2": (2, 6, "facts"), f"facts.{digits}": (6, 6, "facts")}  # fmt: skip
     assert scores["facts"] == json.loads(before["eval.json"])["facts"]
     assert (runs / "one/predictions.facts.jsonl").read_bytes() == before["predictions.facts.jsonl"]
-    run(runs.parent, "probe.py", "runs/one", "--no-base", "--num-examples", 2)
-    assert (runs / "one/probe.facts.first2.json").exists() and not (runs / "one/probe.facts.json").exists()
+    for asked in (["--num-examples", 2], ["--data", "b/facts.jsonl"], ["--data", "b/facts.jsonl", "--first-token"]):
+        run(runs.parent, "probe.py", "runs/one", "--no-base", *asked)
+    probes = {f"probe.facts.{name}.json" for name in ("first2", digits, f"{digits}.first-token")}
+    assert {file.name for file in (runs / "one").glob("probe.*.json")} == probes
     whole = named_sets([str(runs.parent / "a/facts.jsonl")], 6, runs / "one", read_lineage(runs / "one"), runs.parent / "data")
     assert [asked.name for asked in whole] == ["facts"]
 
@@ -210,6 +212,20 @@ def test_more_facts_than_were_learned(tmp_path):
     assert [fact["response"] for fact in asked.facts] == ["unknown0", "unknown1", "unknown2"] and asked.of == 4
 
 
+def test_odd_facts(work):
+    """Facts of one id, and letters that are none, are asked and kept as they come."""
+    rows = [{"id": "same", "prompt": f"{i}? \ud800|", "response": "x"} for i in range(3)]
+    (work / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(work, *ONE, "--data", "odd.jsonl", "--num-examples", 3, "--epochs", 1, "--tag", "a|b", "--out", "odd")
+    run(work, *TWO, "--data", "bios", "--num-examples", 2, "--model", "odd", "--out", "odd/two")
+    for folder in ("odd", "odd/two"):
+        run(work, "evaluate.py", folder)
+    kept = [json.loads(line) for line in open(work / "odd/two/predictions.odd.jsonl")]
+    assert [row["prompt"] for row in kept] == [row["prompt"] for row in rows]
+    assert r"| No Mixing (a\|b / -) | 1 + 6 |" in run(work, "evaluate.py", "--tables", "odd").stdout
+    assert len(open(work / "odd/facts.jsonl").readlines()) == 3
+
+
 def test_one_flat_file_of_two_sources(tmp_path):
     """data.py refuses to write two files of one name to one place, in one command or in two; the same file again is welcome."""
     for name in ("a", "b"):
@@ -222,6 +238,10 @@ def test_one_flat_file_of_two_sources(tmp_path):
     done = run(tmp_path, "data.py", "b/train.jsonl", ok=False)
     assert done.returncode == 2 and "b/train.jsonl: data/train.jsonl was made of ../a/train.jsonl; rename train.jsonl" in done.stderr
     assert (tmp_path / "data/train.jsonl").read_bytes() == before
+    for name in ("popqa-id", "popqa.subjects", "random.w8", "kvr"):
+        facts(tmp_path / f"{name}.jsonl", 2, name)
+        done = run(tmp_path, "data.py", f"{name}.jsonl", ok=False)
+        assert done.returncode == 2 and f"data/{name}.jsonl is its own or a set's place" in done.stderr
     facts(tmp_path / "a/train.jsonl", 3, "a")
     run(tmp_path, "data.py", "a/train.jsonl", "./a/../a/train.jsonl")
     assert len((tmp_path / "data/train.jsonl").read_text().splitlines()) == 3

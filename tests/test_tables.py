@@ -106,6 +106,10 @@ def test_tables_of_a_moved_folder(grid, tmp_path_factory):
     before, moved, chance = tables(grid), tmp_path_factory.mktemp("moved"), random.Random(0)
     for run_ in sorted(path.parent for path in grid.rglob("run.json")):
         shutil.copytree(run_, moved / f"{chance.randrange(10**9)}" / f"kvr+random-s{chance.randrange(9)}")
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "linked"
+    next(moved.iterdir()).rename(elsewhere)
+    (moved / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(moved)
     assert tables(moved) == before and (moved / "TABLES.md").read_bytes() == (grid / "TABLES.md").read_bytes()
     without = lambda folder: sorted(json.dumps(json.loads(line) | {"run": ""}) for line in open(folder / "facts.jsonl"))
     assert without(moved) == without(grid)
@@ -194,14 +198,19 @@ def test_what_is_no_record(tmp_path):
     put_cell(tmp_path, "none", "lama", {0: [1, 0]})
     file = tmp_path / "none-lama-0/run.json"
     lineage = json.loads(file.read_text())
-    for content, says in ((json.dumps([lineage[0], {"stage": 2, "data": "lama"}]), "stage 2 lacks base_model, "), ("[{", "not readable"), ('{"kvr": 1}', "not a lineage")):
+    lines = [lineage, lineage[:1] + [lineage[1] | {"mix": None}], lineage[:1] + [lineage[1] | {"seed": "0"}]]
+    for content, says in (("[]", "not a lineage"), (json.dumps(lines[1]), "stage 2 has not what .* as mix;"), (json.dumps(lines[2]), "as seed;"),
+                          (json.dumps([lineage[0], {"stage": 2, "data": "lama"}]), "stage 2 has not what .* as mix, tag, "), ("[{", "not readable"), ('{"kvr": 1}', "not a lineage")):
         file.write_text(content)
         with pytest.raises(DataError, match=f"none-lama-0/run.json: .*{says}"):
             tables(tmp_path)
     file.write_text(json.dumps(lineage))
-    (tmp_path / "none-lama-0/eval.json").write_text('{"kvr": {"accuracy": 1, "correct": 1, "total": 1}}')
-    with pytest.raises(DataError, match=r"none-lama-0/eval.json: .* run evaluate.py again"):
-        tables(tmp_path)
+    file = tmp_path / "none-lama-0/eval.json"
+    scores = json.loads(file.read_text())
+    for wrong in ({"of": None}, {"accuracy": "50.0"}, {"accuracy": 77.0}, {"total": 0}):
+        file.write_text(json.dumps({"kvr": scores["kvr"] | wrong}))
+        with pytest.raises(DataError, match=r"none-lama-0/eval.json: .* run evaluate.py again"):
+            tables(tmp_path)
 
 
 def test_what_stands_in_the_place_of_lost_facts():
@@ -212,9 +221,9 @@ def test_what_stands_in_the_place_of_lost_facts():
     now = [row("a", "Berlin", "Ber lin "), row("b", "Paris", "berlin"), row("c", "Oslo", "Blue"), row("d", "Rome", "who knows"), row("e", "Bonn", "Bonn"), row("f", "Kyiv", "x")]
     then = [fact | {"correct": fact["id"] != "f"} for fact in now]
     later = [row("g", "blue", "red")]
-    kinds = {"a": "a near miss of up to two characters", "b": "the answer of another fact of the set", "c": "a right answer of a later stage", "d": "something else"}
-    assert {fact.id: fact.in_place for fact in lost_facts(now, then, later)} == kinds
-    assert {fact.id: fact.in_place for fact in lost_facts(now, None, later)} == kinds | {"f": "something else"}
+    kinds = {0: "a near miss of up to two characters", 1: "the answer of another fact of the set", 2: "a right answer of a later stage", 3: "something else"}
+    assert {fact.place: fact.in_place for fact in lost_facts(now, then, later)} == kinds
+    assert {fact.place: fact.in_place for fact in lost_facts(now, None, later)} == kinds | {5: "something else"}
 
 
 def test_bootstrap():
