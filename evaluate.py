@@ -1,13 +1,14 @@
 """What a checkpoint still knows: exact match on the facts of each of its stages, and tables of finished runs.
 
-    python evaluate.py runs/SmolLM2-135M-Instruct/kvr-s0             # every factoid stage in its lineage, and what was forgotten
-    python evaluate.py CKPT --lost                                   # all the facts that were forgotten, asked before or not
-    python evaluate.py models/Meta-Llama-3-8B --data bios            # any model on any set
-    python evaluate.py models/Meta-Llama-3-8B --split popqa          # which facts the base model knows: familiar and unfamiliar
-    torchrun --nproc_per_node 8 evaluate.py CKPT                     # facts are shared out over the ranks
-    python evaluate.py --tables runs/paper                           # tables, claims and figures of the runs below a folder
+    python evaluate.py runs/SmolLM2-135M-Instruct/kvr-s0     # every factoid stage behind it, and what was forgotten
+    python evaluate.py CKPT --lost                           # all the facts that were forgotten, asked before or not
+    python evaluate.py models/Meta-Llama-3-8B --data bios    # any model on any set
+    python evaluate.py models/Meta-Llama-3-8B --split popqa  # which facts the base model knows: familiar, unfamiliar
+    torchrun --nproc_per_node 8 evaluate.py CKPT             # facts are shared out over the ranks
+    python evaluate.py --tables runs/paper                   # tables, claims and figures of the runs below a folder
 
-Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.familiar.MODEL-ID.jsonl and NAME.unfamiliar.
+Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.familiar.MODEL-ID.jsonl and
+NAME.unfamiliar.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
-    SETS, BaseModel, DataError, Parser, encode_example, is_split, json_line, load_examples, load_pool, load_tokenizer, path_from,
-    relative_path, resolve, set_label, split_file, stage_facts, stage_set, write_file, write_flat,
+    SETS, BaseModel, DataError, Parser, encode_example, is_split, json_line, load_examples, load_pool, load_tokenizer,
+    path_from, relative_path, resolve, set_label, split_file, stage_facts, stage_set, write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -43,8 +44,9 @@ def check_vocabulary(tokenizer, config, path):
     """A DataError unless every id of the tokenizer is a row of the model's embedding."""
     largest = max(tokenizer.vocab_size - 1, tokenizer.bos_id, tokenizer.eos_id)
     if largest >= config.vocab_size or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise DataError(f"{path}: its tokenizer has ids up to {largest} (bos {tokenizer.bos_id}, eos {tokenizer.eos_id}), "
-                        f"its model's vocabulary {config.vocab_size}; copy both from one model")  # fmt: skip
+        raise DataError(f"{path}: its tokenizer has ids up to {largest} "
+                        f"(bos {tokenizer.bos_id}, eos {tokenizer.eos_id}), its model's vocabulary "
+                        f"{config.vocab_size}; copy both from one model")  # fmt: skip
 
 
 def predict(model, tokenizer, examples, progress=False, finish=True):
@@ -76,8 +78,9 @@ def questions(tokenizer, examples):
 
 
 def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=None, responses=None):
-    """Greedy continuations of prompts (lists of ids) as texts, shared out over the ranks; ends: the id or ids that end one.
+    """Greedy continuations of prompts (lists of ids) as texts, shared out over the ranks.
 
+    ends: the id or ids that end one.
     drafts: the likeliest answers, which only save time (see Transformer.generate).
     responses: the right texts; a continuation that can no longer be its prompt's breaks off.
     """
@@ -85,13 +88,15 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
     prefix_len = common_prefix_len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine = by_length[rank::world]
-    # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps nothing.
+    # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps
+    # nothing.
     new_ids = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device)
     for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
         rows = mine[start : start + BATCH]
         guesses = drafts and [drafts[i] for i in rows]
         stop = responses and (lambda k, ids, rows=rows: is_wrong(tokenizer.decode(ids), responses[rows[k]]))
-        for row, ids in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, ends, guesses, stop, prefix_len)):
+        asked = [prompts[i] for i in rows]
+        for row, ids in zip(rows, model.generate(asked, max_new_tokens, ends, guesses, stop, prefix_len)):
             new_ids[row, : len(ids)] = torch.tensor(ids, device=new_ids.device) + 1  # 0 means no token
     if world > 1:
         dist.all_reduce(new_ids)
@@ -115,12 +120,16 @@ def folded(text):
 
 def is_wrong(beginning, response):
     """Whether no text that begins so, but for a last character of which some bytes are still to come, is correct."""
-    fold = lambda text: text.strip().lower().casefold()  # the lower case of a capital sigma alone depends on what follows it
+    # The lower case of a capital sigma alone depends on what follows it.
+    fold = lambda text: text.strip().lower().casefold()
     return not fold(response).startswith(fold(beginning.rstrip("\ufffd")))
 
 
 def resolve_precision(asked, path, lineage, device_type):
-    """--precision as bf16-mixed, bf16 or fp32: auto is what path's last stage was trained in, and what is faster here for a base model."""
+    """--precision as bf16-mixed, bf16 or fp32.
+
+    auto is what path's last stage was trained in, and what is faster here for a base model.
+    """
     if asked != "auto":
         return asked
     if lineage:
@@ -152,9 +161,10 @@ def stage_sets(lineage, data):
 
 
 def named_sets(names, n, path, lineage, data):
-    """FactSets of --data's names: of a stage's set what it learned, of others the first 2,000; n: only so many, or more.
+    """FactSets of --data's names: of a stage's set what it learned, of others the first 2,000.
 
-    A question about fewer facts, or about others under a name that is taken, gets a name of its own.
+    n: only so many, or more. A question about fewer facts, or about others under a name that is taken, gets a name of
+    its own.
     """
     kept = {"data": data, "base_model": base_of(path, lineage) if lineage or any(map(is_split, names)) else None}
     sets, taken, of_stages = {}, asked_before(path), {}
@@ -199,7 +209,10 @@ def same_set(asked, data):
 
 
 def evaluate(path, model, tokenizer, sets, precision, rank=0):
-    """Ask the model every fact of some FactSets, write eval.json and predictions into folder path, return its rows {name: row}."""
+    """Ask the model every fact of some FactSets, and return its rows {name: row}.
+
+    eval.json and the predictions are written into folder path.
+    """
     results = {}
     for asked in sets:
         rows, answers = [], predict(model, tokenizer, asked.facts, progress=True)
@@ -207,8 +220,9 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0):
             rows.append({"id": fact["id"], "prompt": fact["prompt"], "response": fact["response"], "prediction": answer,
                          "correct": is_correct(answer, fact["response"])})  # fmt: skip
         correct = sum(row["correct"] for row in rows)
-        results[asked.name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows), "of": asked.of,
-                               "precision": precision, "data": asked.data, "data_sha256": asked.data_sha256}  # fmt: skip
+        results[asked.name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows),
+                               "of": asked.of, "precision": precision, "data": asked.data,
+                               "data_sha256": asked.data_sha256}  # fmt: skip
         if rank == 0:
             write_lines(Path(path) / f"predictions.{asked.name}.jsonl", rows)
     if rank == 0:
@@ -224,8 +238,9 @@ SHOTS = 5
 def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision):
     """Ask a BaseModel each fact of a set, few-shot, and write those it knows and those it does not (sections 2.1, 2.2).
 
-    The shots are drawn from the set, stand in its own form before each question, and are excluded. A fact is familiar if the
-    answer's first line is the response or one of its aliases. What was answered is kept as it comes, so a killed run goes on.
+    The shots are drawn from the set, stand in its own form before each question, and are excluded. A fact is familiar
+    if the answer's first line is the response or one of its aliases. What was answered is kept as it comes, so a killed
+    run goes on.
     """
     base = resolve(name)[0] if not name.endswith(".jsonl") else set_label(name)
     if name.endswith(".jsonl") and base.partition(".")[0].removesuffix("-id") in SETS:
@@ -236,13 +251,14 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
         raise DataError(f"{name}: holds {len(pool)} facts, not more than the {n_shots} shots; take fewer with --shots")
     shots = random.Random(f"shots {base}").sample(range(len(pool)), n_shots)
     facts = [fact for i, fact in enumerate(pool) if i not in shots][:n]
-    header = {"base_model": base_model.name, "base_model_sha256": base_model.sha256, "name": base, "data_sha256": sha256,
-              "shots": [pool[i]["id"] for i in shots], "precision": precision}  # fmt: skip
+    header = {"base_model": base_model.name, "base_model_sha256": base_model.sha256, "name": base,
+              "data_sha256": sha256, "shots": [pool[i]["id"] for i in shots], "precision": precision}  # fmt: skip
     for file in target.values():
         manifest = file.with_suffix(".json")
         before = read_rows(manifest) if manifest.exists() else {}
         if before and (before.get("data_sha256") != sha256 or before["asked"] > len(facts)):
-            raise DataError(f"{file}: made by asking {before['asked']} facts, others or more than these {len(facts)}; remove it to ask these")
+            raise DataError(f"{file}: made by asking {before['asked']} facts, others or more than these {len(facts)}; "
+                            "remove it to ask these")  # fmt: skip
     part = target["familiar"].with_suffix(".part")
     answers = kept_rows(part, header)[: len(facts)]
     shown = "".join(f"{pool[i]['prompt']} {pool[i]['response']}\n\n" for i in shots)
@@ -269,19 +285,24 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
         rows = [(fact, answer) for fact, answer, k in zip(facts, answers, known) if k == (kind == "familiar")]
         counts[kind] = len(rows)
         if rank == 0:
-            manifest = {**header, "asked": len(facts), "kept": len(rows), "predictions": {fact["id"]: answer for fact, answer in rows}}
+            said = {fact["id"]: answer for fact, answer in rows}
+            manifest = {**header, "asked": len(facts), "kept": len(rows), "predictions": said}
             write_flat(target[kind], [fact for fact, _ in rows], manifest)
     if rank == 0:
         part.unlink(missing_ok=True)
-        print(f"{base}: {base_model.name} knows {counts['familiar']} of {len(facts)} facts -> {target['familiar']}, {target['unfamiliar']}")
+        print(f"{base}: {base_model.name} knows {counts['familiar']} of {len(facts)} facts -> {target['familiar']}, "
+              f"{target['unfamiliar']}")  # fmt: skip
 
 
 def kept_rows(part, header):
-    """The JSON lines that interrupted work with the same header left in file part, the same on every rank; from here on part
-    holds the header and just those."""
+    """The JSON lines that interrupted work with the same header left in file part, the same on every rank.
+
+    From here on part holds the header and just those.
+    """
     rows = []
     if dist.get_rank() == 0:
-        lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []  # what follows the last was cut by a kill
+        # What follows the last line break was cut by a kill.
+        lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []
         if lines and lines[0] == json.dumps(header):
             rows = [json.loads(line) for line in lines[1:]]
         write_file(part, "".join(json.dumps(row) + "\n" for row in [header, *rows]))
@@ -302,12 +323,14 @@ NO_SETTINGS = {"seed", "base_model_name", *PATHS, *OUTCOMES, *DONE_WITH, *LOGGIN
 MIX_SETTINGS = {"mix_ratio", "mix_words", "mix_weight", "equal_weight"}  # decide nothing without a mix
 # What is read of an entry, and of a row of eval.json.
 STAGE_FIELDS = {
-    **dict.fromkeys(["data", "mix", "tag", "precision", "data_sha256", "base_model_name", "base_model_sha256", *PATHS], str),
+    **dict.fromkeys(["data", "mix", "tag", "precision", "data_sha256", "base_model_name", "base_model_sha256"], str),
+    **dict.fromkeys(PATHS, str),
     **dict.fromkeys(["stage", "num_examples", "seed", "mix_words", "steps", "ranks"], int),
     **dict.fromkeys(["mix_ratio", "mix_weight", "replay"], (int, float)), **dict.fromkeys(DONE_WITH, object),
 }  # fmt: skip
 SCORE_FIELDS = {
-    **dict.fromkeys(["data", "precision", "data_sha256"], str), **dict.fromkeys(["correct", "total", "of"], int), "accuracy": (int, float),
+    **dict.fromkeys(["data", "precision", "data_sha256"], str), **dict.fromkeys(["correct", "total", "of"], int),
+    "accuracy": (int, float),
 }  # fmt: skip
 
 
@@ -331,7 +354,10 @@ def wrong_fields(row, fields):
 
 
 def read_lineage(path):
-    """The stages of a checkpoint, as its run.json lists them, with paths as they are from here; none for a base model."""
+    """The stages of a checkpoint, as its run.json lists them; none for a base model.
+
+    Paths are as they are from here.
+    """
     file = Path(path) / "run.json"
     if not file.exists() and file.with_name("metrics.jsonl").exists():
         raise DataError(f"{path}: an unfinished run, without run.json; finish it with train.py --resume")
@@ -341,8 +367,9 @@ def read_lineage(path):
         raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again")
     for number, entry in enumerate(lineage, 1):
         if wrong := wrong_fields(entry, STAGE_FIELDS):
-            raise DataError(f"{file}: stage {number} has not what this version of the code writes as {', '.join(wrong)}; read it with the version "
-                            "that wrote it, or train it again")  # fmt: skip
+            raise DataError(f"{file}: stage {number} has not what this version of the code writes as "
+                            f"{', '.join(wrong)}; read it with the version that wrote it, or train it "
+                            "again")  # fmt: skip
     return [with_paths(entry, lambda stored: path_from(path, stored)) for entry in lineage]
 
 
@@ -375,7 +402,10 @@ def record(lineage):
 
 
 def set_names(lineage):
-    """A name for each stage's set: its label; behind it digits of its hash where an earlier stage learned others of that label."""
+    """A name for each stage's set: its label.
+
+    Behind it stand digits of its hash where an earlier stage learned others of that label.
+    """
     first, names = {}, []
     for entry in lineage:
         label, sha256 = set_label(entry["data"]), entry["data_sha256"]
@@ -430,7 +460,10 @@ class Run:
         return tuple(entry["seed"] for entry in self.lineage)
 
     def score(self, data):
-        """(name, row) of the question that was asked about a set: a stage's own, or else about as many facts as a stage has."""
+        """(name, row) of the question that was asked about a set.
+
+        It is a stage's own, or else about as many facts as a stage has.
+        """
         for name, entry in zip(set_names(self.lineage), self.lineage):
             if name == data:
                 row = self.scores.get(data)
@@ -478,12 +511,16 @@ def read_run(folder):
     for row in rows:
         fits = isinstance(row, dict) and not wrong_fields(row, SCORE_FIELDS) and row["total"] > 0
         if not fits or row["accuracy"] != 100 * row["correct"] / row["total"]:
-            raise DataError(f"{folder / 'eval.json'}: not as this version of the code writes it; remove it and run evaluate.py again")
+            raise DataError(f"{folder / 'eval.json'}: not as this version of the code writes it; remove it and run "
+                            "evaluate.py again")  # fmt: skip
     return Run(folder, read_lineage(folder), scores)
 
 
 def grids_of(runs):
-    """A Grid for each base model, told apart by what they are; a DataError where runs of a cell do not belong together."""
+    """A Grid for each base model, told apart by what they are.
+
+    A DataError where runs of a cell do not belong together.
+    """
     by_model = {}
     for run in runs:
         by_model.setdefault(run.lineage[0]["base_model_sha256"], []).append(run)
@@ -507,7 +544,8 @@ def cells_of(runs):
         if others:
             check_agreement(others[0], run)
         if run.seeds in cell:
-            raise DataError(f"{both(cell[run.seeds], run)}: equal settings and seed; remove one of them, or move it elsewhere")
+            raise DataError(f"{both(cell[run.seeds], run)}: equal settings and seed; remove one of them, or move it "
+                            "elsewhere")  # fmt: skip
         cell[run.seeds] = run
     return cells
 
@@ -516,15 +554,18 @@ def check_agreement(one, two):
     """A DataError where two runs of a cell differ in more than the seed."""
     (one, two), differing = sorted([one, two], key=lambda run: str(run.folder)), []
     for stage, (first, second) in enumerate(zip(one.lineage, two.lineage), 1):
-        # Numbers that follow from another setting: as many steps as a run's, and the weight that makes two sources equal.
-        follow = [key for key, why in (("epochs", "step_matched"), ("mix_weight", "equal_weight")) if first.get(why) and second.get(why)]
+        # Numbers that follow from another setting: as many steps as a run's, and the weight that makes two sources
+        # equal.
+        reasons = (("epochs", "step_matched"), ("mix_weight", "equal_weight"))
+        follow = [key for key, why in reasons if first.get(why) and second.get(why)]
         first, second = settings_of(first), settings_of(second)
         keys = [key for key in first | second if first.get(key) != second.get(key) and key not in follow]
         keys.sort(key=lambda key: (key.endswith("sha256"), key))
-        differing += [f"{key} of stage {stage} is {str(first.get(key))[:20]} and {str(second.get(key))[:20]}" for key in keys]
+        differing += [f"{key} of stage {stage} is {str(first.get(key))[:20]} and {str(second.get(key))[:20]}"
+                      for key in keys]  # fmt: skip
     if differing:
-        raise DataError(f"{both(one, two)}: runs of one cell ({label_of(one.stages)}), but {'; '.join(differing)}; give one of them a --tag, "
-                        "or each a runs folder of its own")  # fmt: skip
+        raise DataError(f"{both(one, two)}: runs of one cell ({label_of(one.stages)}), but {'; '.join(differing)}; "
+                        "give one of them a --tag, or each a runs folder of its own")  # fmt: skip
 
 
 def both(one, two):
@@ -542,8 +583,9 @@ def accuracies(grid, stages, data):
         first, expected = by_folder[0]
         for key in ("total", "of", "precision", "data_sha256"):
             if row[key] != expected[key]:
-                raise DataError(f"{both(first, run)}: runs of one cell ({label_of(run.stages)}), but {key} of {data} in their eval.json is "
-                                f"{expected[key]} and {row[key]}; run evaluate.py on both alike")  # fmt: skip
+                raise DataError(f"{both(first, run)}: runs of one cell ({label_of(run.stages)}), but {key} of {data} "
+                                f"in their eval.json is {expected[key]} and {row[key]}; run evaluate.py on both "
+                                "alike")  # fmt: skip
     return {seeds: row["accuracy"] for seeds, (_, row) in found.items()}
 
 
@@ -582,7 +624,8 @@ def right_answers(run, data):
 # ---------------------------------------------------------------- what was forgotten
 
 # What stands in the place of a lost fact: the first of these that fits.
-IN_PLACE = ("a right answer of a later stage", "the answer of another fact of the set", "a near miss of up to two characters", "something else")
+IN_PLACE = ("a right answer of a later stage", "the answer of another fact of the set",
+            "a near miss of up to two characters", "something else")  # fmt: skip
 
 
 @dataclass
@@ -597,7 +640,10 @@ class Lost:
 
 
 def lost_facts(now, then, later):
-    """The Lost of a set, from rows of predictions: now, after the stage that learned it (None: all count as right), of later stages' sets."""
+    """The Lost of a set, from rows of predictions.
+
+    now: the run's; then: of the stage that learned it (None: all count as right); later: of later stages' sets.
+    """
     were_right = [row["correct"] for row in then] if then else [True] * len(now)
     of_later, of_set = ({folded(row["response"]) for row in rows} for rows in (later, now))
     lost = []
@@ -611,7 +657,7 @@ def lost_facts(now, then, later):
 
 
 def is_near(one, two, most=2):
-    """Whether at most so many characters put in, left out or replaced make one text of the other (Levenshtein's distance)."""
+    """Whether at most so many characters put in, left out or replaced make one text of the other (Levenshtein)."""
     if abs(len(one) - len(two)) > most:
         return False
     distances = list(range(len(two) + 1))  # of the part of `one` before its next character from each beginning of `two`
@@ -634,7 +680,10 @@ class Forgotten:
 
 
 def forgotten(run, folder_of):
-    """[Forgotten] of each earlier set that a run was asked; folder_of(k): the folder of its stage k, or None where it is not there."""
+    """[Forgotten] of each earlier set that a run was asked.
+
+    folder_of(k): the folder of its stage k, or None where it is not there.
+    """
     found, names = [], set_names(run.lineage)
     for stage, name in enumerate(names[:-1], 1):
         now = predictions(run.folder, name)
@@ -662,8 +711,9 @@ def folder_of_stage(lineage, stage):
 
 def say_forgotten(found, all_of_them):
     """Print a Forgotten: how many facts, what stands in their place, and five of them or all."""
-    since = f"that stage {found.stage} " + ("had right" if found.compared else "learned (its own answers are not there)")
-    print(f"\n{found.name}: {len(found.lost)} of {found.known} facts {since} are lost" + (". In their place:" if found.lost else ""))
+    had = "had right" if found.compared else "learned (its own answers are not there)"
+    more = ". In their place:" if found.lost else ""
+    print(f"\n{found.name}: {len(found.lost)} of {found.known} facts that stage {found.stage} {had} are lost{more}")
     for kind, count in Counter(fact.in_place for fact in found.lost).most_common():
         print(f"{count:6}  {kind}")
     one_line = lambda text: " ".join(text.encode(errors="replace").decode().split())
@@ -680,7 +730,8 @@ RESAMPLES = 2000
 
 def show(values, paper=None, underlined=False):
     """A cell's text: mean ± standard deviation over seeds, and the paper's figure small."""
-    text = f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "") if values else ""
+    text = f"{statistics.mean(values):.1f}" if values else ""
+    text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     text = f"<u>{text}</u>" if underlined and text else text
     return (text + ("" if paper is None else f" <sub>{paper:.1f}</sub>")).strip()
 
@@ -706,9 +757,10 @@ def bootstrap(differences):
 
 # ---------------------------------------------------------------- tables
 
-LABELS = {"kvr": "Key-Value Recall", "popqa": "PopQA", "triviaqa": "TriviaQA", "id": "ID", "lama": "LAMA", "entityqa": "EntityQA", "webqa": "WebQA",
-          "gsm8k": "GSM8K", "math": "MATH", "evolcode": "EvolCode", "apps": "APPS", "ultrachat": "UltraChat",
-          "none": "No Mixing", "random": "Random", "k-pile": "K-Pile", "a-pile": "A-Pile", "fineweb": "FineWeb"}  # fmt: skip
+LABELS = {"kvr": "Key-Value Recall", "popqa": "PopQA", "triviaqa": "TriviaQA", "id": "ID", "lama": "LAMA",
+          "entityqa": "EntityQA", "webqa": "WebQA", "gsm8k": "GSM8K", "math": "MATH", "evolcode": "EvolCode",
+          "apps": "APPS", "ultrachat": "UltraChat", "none": "No Mixing", "random": "Random", "k-pile": "K-Pile",
+          "a-pile": "A-Pile", "fineweb": "FineWeb"}  # fmt: skip
 MIXES = ["none", "random/-", "k-pile/-", "-/random", "-/k-pile", "random/k-pile"]
 CONTROLS = {"long": "No Mixing, steps of Random / - at stage 1 *(not in the paper)*",
             "long/long": "No Mixing, steps of Random / K-Pile *(not in the paper)*"}  # fmt: skip
@@ -726,13 +778,14 @@ class Table:
 
 
 TABLES = {
-    "table1": Table("Forgetting in continual memorization, no mixing", ["none"], with_id=True, averaged=True, lowest="row"),
+    "table1": Table("Forgetting in continual memorization, no mixing", ["none"], with_id=True, averaged=True,
+                    lowest="row"),
     "table2": Table("REMIX", [*MIXES, *CONTROLS], with_id=True, averaged=True),
     "table3": Table("REMIX, the rows of Mistral-7B-v0.3", ["none", "random/k-pile", *CONTROLS], averaged=True),
     "table4": Table("Replay", list(REPLAYS), lowest="column"),
     "table5": Table("Familiar facts after one stage", SOURCES),
     "table6": Table("Familiar facts after one stage, as for Mistral-7B-v0.3", SOURCES),
-}
+}  # fmt: skip
 FAMILIAR = ("table5", "table6")  # one stage on D_B, then familiar facts are asked
 PAPERS_MODELS = {"Meta-Llama-3-8B": ["table1", "table2", "table4", "table5"], "Mistral-7B-v0.3": ["table3", "table6"]}
 
@@ -769,7 +822,10 @@ def paper_figures():
 
 
 def misprinted():
-    """[(table, D_A, row, group, printed, mean of its cells)] of the paper's averages that are no rounding of the mean of their printed cells."""
+    """The paper's averages that are no rounding of the mean of their printed cells.
+
+    As [(table, D_A, row, group, printed, mean of its cells)].
+    """
     paper, wrong = paper_figures(), []
     for (table, a, row, group), printed in paper.averages.items():
         names = paper.columns[table, a][group == "non-factoid"]
@@ -782,8 +838,8 @@ def misprinted():
 def chain(a, row, b):
     """The Stages behind a cell of tables 1 to 4: D_A, then D_B, as a row has them.
 
-    row: "none", "random/-" and so on, a control, a replay. b: a set, "id", or the later two of three stages, "webqa/math":
-    of those the factoid ones are mixed (figure 8).
+    row: "none", "random/-" and so on, a control, a replay. b: a set, "id", or the later two of three stages,
+    "webqa/math": of those the factoid ones are mixed (figure 8).
     """
     first, later = Stage(a), Stage()
     if row in REPLAYS:
@@ -819,7 +875,7 @@ def cell_of(grid, table, a, row, b):
 
 
 def with_own_text(rows, grid):
-    """Rows with the model's own generic text in the place of K-Pile, where it was trained with pydoc for want of that."""
+    """Rows with the model's own generic text in K-Pile's place, where it was trained with pydoc for want of that."""
     mixes = {stage.mix for stages in grid.cells for stage in stages}
     own = "pydoc" in mixes and "k-pile" not in mixes
     return [row.replace("k-pile", "pydoc") if own else row for row in rows]
@@ -845,7 +901,10 @@ class Layout:
 
 
 def layout_of(grid):
-    """The Layout of a model's tables. What followed one D_A makes a table if it is several sets; else a list of chains shows it."""
+    """The Layout of a model's tables.
+
+    What followed one D_A makes a table if it is several sets; else a list of chains shows it.
+    """
     of_paper = grid.name in PAPERS_MODELS
     followed, later, familiar, two = {}, set(), set(), set()
     for stages, cell in grid.cells.items():
@@ -885,7 +944,10 @@ def row_label(row):
 
 
 def render(name, grid, layout, shown):
-    """One table as lines of Markdown, laid out as in the paper; the Stages of each cell that has runs go into the set `shown`."""
+    """One table as lines of Markdown, laid out as in the paper.
+
+    The Stages of each cell that has runs go into the set `shown`.
+    """
     table, printed = TABLES[name], paper_figures().cells if grid.name in PAPERS_MODELS else {}
     groups = [layout.with_id if table.with_id else layout.factoid, layout.other]
     columns = []
@@ -930,7 +992,8 @@ def render(name, grid, layout, shown):
 def chains_table(grid, cells, starts):
     """Lines of Markdown of chains of stages whatever they are, a row each.
 
-    cells: of the grid, those to show. starts: {record: Run} of all runs, among which a chain's first stage is looked for.
+    cells: of the grid, those to show. starts: {record: Run} of all runs, among which a chain's first stage is looked
+    for.
     """
     lines, heading = [], None
     for stages, cell in sorted(cells.items(), key=lambda item: ([stage.data for stage in item[0]], item[0])):
@@ -980,10 +1043,11 @@ def done_with(runs):
 
 
 def tables(folder):
-    """The paper's tables, claims and figures from the finished runs below a folder, and a row for every chain that these do not show.
+    """The paper's tables, claims and figures from the finished runs below a folder.
 
-    What a run is says its record, run.json, not its folder's name. Kept as TABLES.md; beside it the figures, each cell's
-    folders (cells.jsonl) and what became of every fact (facts.jsonl). Reads no weights.
+    Every chain that these do not show has a row of its own. What a run is says its record, run.json, not its folder's
+    name. Kept as TABLES.md; beside it the figures, each cell's folders (cells.jsonl) and what became of every fact
+    (facts.jsonl). Reads no weights.
     """
     folder = Path(folder)
     runs = read_runs(folder)
@@ -1029,8 +1093,8 @@ def say_unasked(runs, starts):
         if not run.scores or learned_facts and not run.score(set_names(run.lineage)[0]):
             unasked.append(str(run.folder))
     if unasked:
-        print(f"{len(unasked)} runs were not asked what their first stage learned, and are left out there, first {min(unasked)}; "
-              "run evaluate.py on them", file=sys.stderr)  # fmt: skip
+        print(f"{len(unasked)} runs were not asked what their first stage learned, and are left out there, first "
+              f"{min(unasked)}; run evaluate.py on them", file=sys.stderr)  # fmt: skip
 
 
 def write_lines(path, rows):
@@ -1040,15 +1104,18 @@ def write_lines(path, rows):
 def places(runs, folder):
     """Where the figures come from: each run's folder with its cell, seeds and answers."""
     for run in runs:
-        yield {"run": relative_path(run.folder, folder), "base_model": run.lineage[0]["base_model_name"], "stages": set_names(run.lineage),
-               "cell": label_of(run.stages), "seeds": run.seeds, "accuracy": {name: row["accuracy"] for name, row in run.scores.items()}}  # fmt: skip
+        accuracy = {name: row["accuracy"] for name, row in run.scores.items()}
+        yield {"run": relative_path(run.folder, folder), "base_model": run.lineage[0]["base_model_name"],
+               "stages": set_names(run.lineage), "cell": label_of(run.stages), "seeds": run.seeds,
+               "accuracy": accuracy}  # fmt: skip
 
 
 def ledger(runs, starts, folder):
     """A row for each fact of each earlier stage's set of each chain, from the predictions of the stages that have them.
 
-    memorized: the first stage after which it was right; lost: the first after that at which it was wrong; null where there
-    is none. Of a fact that its stage had right and the last one has not: what the model says now, and which of IN_PLACE that is.
+    memorized: the first stage after which it was right; lost: the first after that at which it was wrong; null where
+    there is none. Of a fact that its stage had right and the last one has not: what the model says now, and which of
+    IN_PLACE that is.
     """
     for run in runs:
         behind_it = [starts.get(record(run.lineage[:k])) for k in range(1, len(run.lineage) + 1)]
@@ -1072,7 +1139,8 @@ def ledger(runs, starts, folder):
 # ---------------------------------------------------------------- claims
 
 ANY = ["kvr", "popqa", "triviaqa"]
-# name: (D_A, rows that keep more, their D_B, rows that keep less, their D_B, the table of the paper's own figures); the paper's text, sections 3 to 5.
+# name: (D_A, rows that keep more, their D_B, rows that keep less, their D_B, the table of the paper's own figures);
+# the paper's text, sections 3 to 5.
 CLAIMS = {
     "factoid stage 2 forgets more than non-factoid": (ANY, ["none"], "other", ["none"], "factoid", "table2"),
     "LAMA forgets more than non-factoid": (ANY, ["none"], "other", ["none"], "lama", "table2"),
@@ -1080,18 +1148,27 @@ CLAIMS = {
     "k-pile at stage 1 hurts on factoid D_B": (ANY, ["none"], "factoid", ["k-pile/-"], "factoid", "table2"),
     "k-pile at stage 2 helps on factoid D_B": (ANY, ["-/k-pile"], "factoid", ["none"], "factoid", "table2"),
     "random at stage 2 hurts on factoid D_B": (ANY, ["none"], "factoid", ["-/random"], "factoid", "table2"),
-    "stage 1 mixing beats stage 2 mixing on non-factoid D_B": (ANY, ["random/-", "k-pile/-"], "other", ["-/random", "-/k-pile"], "other", "table2"),
-    "random beats k-pile at stage 1 on non-factoid D_B for KVR": (["kvr"], ["random/-"], "other", ["k-pile/-"], "other", "table2"),
-    "k-pile beats random at stage 1 on non-factoid D_B for PopQA, TriviaQA": (ANY[1:], ["k-pile/-"], "other", ["random/-"], "other", "table2"),
-    "random/k-pile beats -/k-pile on factoid D_B": (ANY, ["random/k-pile"], "factoid", ["-/k-pile"], "factoid", "table2"),
-    "random/k-pile beats replay 0.1 on factoid D_B for KVR": (["kvr"], ["random/k-pile"], "no id", ["replay0.1"], "no id", "table2"),
-    "replay 0.1 keeps less on factoid than on non-factoid D_B": (ANY, ["replay0.1"], "other", ["replay0.1"], "no id", "table4"),
-    "k-pile, a-pile, fineweb keep familiar facts on factoid D_B": (ANY[1:], ["k-pile", "a-pile", "fineweb"], "no id", ["none"], "no id", "table5"),
+    "stage 1 mixing beats stage 2 mixing on non-factoid D_B":
+        (ANY, ["random/-", "k-pile/-"], "other", ["-/random", "-/k-pile"], "other", "table2"),
+    "random beats k-pile at stage 1 on non-factoid D_B for KVR":
+        (["kvr"], ["random/-"], "other", ["k-pile/-"], "other", "table2"),
+    "k-pile beats random at stage 1 on non-factoid D_B for PopQA, TriviaQA":
+        (ANY[1:], ["k-pile/-"], "other", ["random/-"], "other", "table2"),
+    "random/k-pile beats -/k-pile on factoid D_B":
+        (ANY, ["random/k-pile"], "factoid", ["-/k-pile"], "factoid", "table2"),
+    "random/k-pile beats replay 0.1 on factoid D_B for KVR":
+        (["kvr"], ["random/k-pile"], "no id", ["replay0.1"], "no id", "table2"),
+    "replay 0.1 keeps less on factoid than on non-factoid D_B":
+        (ANY, ["replay0.1"], "other", ["replay0.1"], "no id", "table4"),
+    "k-pile, a-pile, fineweb keep familiar facts on factoid D_B":
+        (ANY[1:], ["k-pile", "a-pile", "fineweb"], "no id", ["none"], "no id", "table5"),
     "random/k-pile keeps more over three stages": (["kvr"], ["random/k-pile"], "two", ["none"], "two", "figure8"),
-    "two factoid stages after the first forget most": (["kvr"], ["none"], "two with other", ["none"], "two factoid", "figure8"),
+    "two factoid stages after the first forget most":
+        (["kvr"], ["none"], "two with other", ["none"], "two factoid", "figure8"),
     "random/- beats its step-matched control (not in the paper)": (ANY, ["random/-"], "all", ["long"], "all", None),
-    "random/k-pile beats its step-matched control (not in the paper)": (ANY, ["random/k-pile"], "all", ["long/long"], "all", None),
-}
+    "random/k-pile beats its step-matched control (not in the paper)":
+        (ANY, ["random/k-pile"], "all", ["long/long"], "all", None),
+}  # fmt: skip
 
 
 @dataclass
@@ -1156,8 +1233,11 @@ def claims(grid, layout):
               "all": [*layout.with_id, *layout.other], "two": layout.two}  # fmt: skip
     groups["two factoid"] = [two for two in layout.two if all(is_factoid(b) for b in two.split("/"))]
     groups["two with other"] = [two for two in layout.two if two not in groups["two factoid"]]
-    lines = ["", f"**Claims** ({grid.name}). PASS: the 95% interval of the difference, by a paired bootstrap over facts and seeds, lies above 0.", "",
-             "| claim | verdict | D_A | keeps more | keeps less | difference | D_B, seeds | in the paper |", "| --- | --- | --- | ---: | ---: | ---: | --- | ---: |"]  # fmt: skip
+    heading = (f"**Claims** ({grid.name}). PASS: the 95% interval of the difference, by a paired bootstrap over "
+               "facts and seeds, lies above 0.")  # fmt: skip
+    lines = ["", heading, "",
+             "| claim | verdict | D_A | keeps more | keeps less | difference | D_B, seeds | in the paper |",
+             "| --- | --- | --- | ---: | ---: | ---: | --- | ---: |"]  # fmt: skip
     for name, (wanted, more, more_b, less, less_b, table) in CLAIMS.items():
         if "table3" in PAPERS_MODELS.get(grid.name, []):
             table = "table6" if table == "table5" else table
@@ -1201,15 +1281,19 @@ def figures(grid, layout, folder, starts):
         rows, sources = with_own_text(MIXES, grid), [text, "a-pile", "fineweb"]
         firsts, with_id, other = layout.first, layout.with_id, layout.other
         mixed = [f"{mix}/{source}" for mix in ("-", "random") for source in sources]
+        every = [*with_id, *other]
+        groups = ((layout.factoid, "factoid D_B"), (other, "non-factoid D_B"))
+        lengths = ((1, "random"), (2, text))
+        ratios = list(itertools.product((2, 1), ("random", text)))
         pictures = {  # name: panels, each a function of axes
-            "figure2": [replayed(grid, firsts, names, title) for names, title in ((layout.factoid, "factoid D_B"), (other, "non-factoid D_B"))],
+            "figure2": [replayed(grid, firsts, names, title) for names, title in groups],
             "figure5": [bars(grid, ablated, ["none", *mixed], with_id)],
-            "figure6": [varied(grid, ablated, "mix_words", stage, mix, layout.factoid) for stage, mix in ((1, "random"), (2, text))],
-            "figure7": [varied(grid, ablated, "mix_ratio", stage, mix, [*with_id, *other]) for stage in (2, 1) for mix in ("random", text)],
+            "figure6": [varied(grid, ablated, "mix_words", stage, mix, layout.factoid) for stage, mix in lengths],
+            "figure7": [varied(grid, ablated, "mix_ratio", stage, mix, every) for stage, mix in ratios],
             "figure8": [bars(grid, ablated, with_own_text(["none", "random/k-pile"], grid), layout.two)],
             "figure9": [bars(grid, a, rows, with_id) for a in firsts],
             "figure10": [bars(grid, a, rows, other) for a in firsts],
-            "forgetting": [over_time(grid, a, rows, [*with_id, *other], starts) for a in firsts],
+            "forgetting": [over_time(grid, a, rows, every, starts) for a in firsts],
         }
         for name, panels in pictures.items():
             drawn.append(f"{name}-{grid.name}.png")
@@ -1219,7 +1303,9 @@ def figures(grid, layout, folder, starts):
         run, a = cell[min(cell)], stages[0].data
         if len(stages) > 1 and (file := run.folder / f"probe.{a}.json").exists():
             lens.setdefault(a, []).append((a, f"{label_of(stages)}, after {stages[-1].data}", read_rows(file)))
-    for name, results in {"figure4": list(itertools.chain(*lens.values())), **dict(zip(["figure11", "figure12"], lens.values()))}.items():
+    of_lens = {"figure4": list(itertools.chain(*lens.values()))}  # figure 4 has all sets, the others one each
+    of_lens |= dict(zip(["figure11", "figure12"], lens.values()))
+    for name, results in of_lens.items():
         if results:
             drawn.append(f"{name}-{grid.name}.png")
             draw_figure4(results, folder / drawn[-1])
@@ -1239,7 +1325,10 @@ def replayed(grid, firsts, names, title):
 
 
 def varied(grid, a, setting, stage, mix, columns):
-    """Figures 6 and 7: accuracy against the mix's length or ratio at a stage, a curve a D_B. The runs' tag is the setting's name."""
+    """Figures 6 and 7: accuracy against the mix's length or ratio at a stage, a curve a D_B.
+
+    The runs' tag is the setting's name.
+    """
     series = {}
     for b in columns:
         base = chain(a, f"{mix}/-" if stage == 1 else f"-/{mix}", b)
@@ -1314,7 +1403,10 @@ def draw_panels(panels, path, per_row=3):
 
 
 def bars(grid, a, rows, columns):
-    """A panel of bars with error bars: a group for each D_B, in it one for each row; heights are accuracies on D_A in %."""
+    """A panel of bars with error bars: a group for each D_B, in it one for each row.
+
+    Heights are accuracies on D_A in %.
+    """
 
     def panel(axes):
         for i, row in enumerate(rows):
@@ -1335,7 +1427,8 @@ def lines_over(axes, series, title, xlabel):
         points = [(x, values) for x, values in sorted(points) if values]
         if points:
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
-            axes.errorbar([x for x, _ in points], [statistics.mean(values) for _, values in points], spread, marker="o", capsize=2, label=label)
+            xs, means = [x for x, _ in points], [statistics.mean(values) for _, values in points]
+            axes.errorbar(xs, means, spread, marker="o", capsize=2, label=label)
     axes.set(xlabel=xlabel, ylim=(-3, 103), title=title)
 
 
@@ -1345,16 +1438,21 @@ def draw_curves(axes, curves, title):
         for i, points in enumerate(runs):
             if points:
                 axes.plot(*zip(*points), marker=".", linewidth=0.8, color=f"C{color}", label=label if i == 0 else None)
-    axes.set(xlabel="% of the last stage's steps", ylabel="exact match on the first stage's facts, %", ylim=(-3, 103), title=title)
+    axes.set(xlabel="% of the last stage's steps", ylabel="exact match on the first stage's facts, %", ylim=(-3, 103),
+             title=title)  # fmt: skip
 
 
 def draw_retention(cells, starts, path):
-    """What was left of the first stage's facts while the last stage trained (the checks ask the first --eval-facts of them)."""
+    """What was left of the first stage's facts while the last stage trained.
+
+    The checks ask the first --eval-facts of them.
+    """
     curves = {}
     for stages, cell in sorted(cells.items()):
         runs = [run for _, run in sorted(cell.items())]
         data = "" if len({stages_[0].data for stages_ in cells}) == 1 else f"{stages[0].data}: "
-        curves[f"{data}{label_of(stages)}, then {stages[-1].data} ({mean_steps(runs)} steps)"] = [retention(run, starts) for run in runs]
+        label = f"{data}{label_of(stages)}, then {stages[-1].data} ({mean_steps(runs)} steps)"
+        curves[label] = [retention(run, starts) for run in runs]
     figure, ((axes,),) = picture(size=(7, 4.2 + 0.1 * len(curves)))
     draw_curves(axes, curves, None)
     figure.legend(loc="outside upper center", ncols=2, fontsize="small")
@@ -1363,7 +1461,10 @@ def draw_retention(cells, starts, path):
 
 
 def draw_figure4(results, path):
-    """Layers against frequency and against the share of first occurrences; a row of two panels a set, a line a checkpoint."""
+    """Layers against frequency and against the share of first occurrences.
+
+    A row of two panels a set, a line a checkpoint.
+    """
     sets = list(dict.fromkeys(name for name, _, _ in results))
     figure, axes = picture(len(sets), 2, (10, 0.6 + 3.6 * len(sets)))
     for (left, right), name in zip(axes, sets):
@@ -1376,8 +1477,10 @@ def draw_figure4(results, path):
         if base:
             left.plot(base["frequency"], color="gray", linestyle="--", label=f"base model ({base['accuracy']:.1f}%)")
             right.plot(base["first_share"], color="gray", linestyle="--")
-        left.set(title=f"{name}: right token in the top {mine[0][1]['top_k']} (dotted: shuffled)", xlabel="layer", ylabel="frequency", ylim=(-0.03, 1.03))
-        right.set(title=f"{name}: there for the first time", xlabel="layer", ylabel="share of those ever there", ylim=(0, None))
+        left.set(title=f"{name}: right token in the top {mine[0][1]['top_k']} (dotted: shuffled)", xlabel="layer",
+                 ylabel="frequency", ylim=(-0.03, 1.03))  # fmt: skip
+        right.set(title=f"{name}: there for the first time", xlabel="layer", ylabel="share of those ever there",
+                  ylim=(0, None))  # fmt: skip
         left.legend(fontsize="small")
     save(figure, path)
 
@@ -1388,16 +1491,25 @@ def draw_figure4(results, path):
 def main():
     parser = Parser(description="Exact match of a checkpoint on the facts of its stages.")
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="folder of a model or of a finished stage")
-    parser.add_argument("--data", nargs="+", metavar="NAME", help="sets or .jsonl files to ask instead of those of its stages")
-    parser.add_argument("--lost", action="store_true", help="print all facts of earlier stages that were forgotten; asks only what was not asked before")
-    parser.add_argument("--split", metavar="NAME", help="sort a set's facts into those that the base model CKPT knows and those it does not")
-    parser.add_argument("--shots", type=int, default=SHOTS, help=f"with --split: facts shown before each question (default: {SHOTS})")
+    parser.add_argument("--data", nargs="+", metavar="NAME",
+                        help="sets or .jsonl files to ask instead of those of its stages")  # fmt: skip
+    parser.add_argument("--lost", action="store_true",
+                        help="print all facts of earlier stages that were forgotten; asks only what was not asked "
+                             "before")  # fmt: skip
+    parser.add_argument("--split", metavar="NAME",
+                        help="sort a set's facts into those that the base model CKPT knows and those it does "
+                             "not")  # fmt: skip
+    parser.add_argument("--shots", type=int, default=SHOTS,
+                        help=f"with --split: facts shown before each question (default: {SHOTS})")  # fmt: skip
     parser.add_argument("--num-examples", type=int, metavar="N",
-                        help=f"only the first N of each set, kept under a name of its own (default: all that its stage learned, of others {MOST}); with --split: only the first N")
+                        help="only the first N of each set, kept under a name of its own (default: all that its stage "
+                             f"learned, of others {MOST}); with --split: only the first N")  # fmt: skip
     parser.add_argument("--data-dir", default="data", help="folder of flat files (default: data)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
-                        help="of the arithmetic; auto: as CKPT was trained, for a base model the faster type on this machine (default: auto)")
-    parser.add_argument("--tables", metavar="RUNS", help="print the tables of the finished runs below this folder, draw the figures")
+                        help="of the arithmetic; auto: as CKPT was trained, for a base model the faster type on this "
+                             "machine (default: auto)")  # fmt: skip
+    parser.add_argument("--tables", metavar="RUNS",
+                        help="print the tables of the finished runs below this folder, draw the figures")  # fmt: skip
     args = parser.parse_args()
     if args.tables:
         return print(tables(args.tables))
@@ -1406,19 +1518,22 @@ def main():
     if args.num_examples is not None and args.num_examples < 1 or args.shots < 0:
         raise DataError("--num-examples must be at least 1, --shots at least 0")
     if args.lost and (args.data or args.split or args.num_examples):
-        raise DataError("--lost is about all facts of a checkpoint's stages; leave out --data, --split and --num-examples")
+        raise DataError("--lost is about all facts of a checkpoint's stages; leave out --data, --split and "
+                        "--num-examples")  # fmt: skip
     lineage = read_lineage(args.checkpoint)
     if args.split:
         if lineage:
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
         tokenizer, model, rank = open_checkpoint(args, lineage)
         base_model = base_of(args.checkpoint, lineage)
-        split(base_model, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank, args.precision)
+        split(base_model, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank,
+              args.precision)  # fmt: skip
         return end_process_group()
     sets = chosen_sets(args, lineage)
     if args.lost:
         asked = read_run(args.checkpoint)
-        sets = [wanted for wanted in sets if not asked.score(wanted.name) or predictions(args.checkpoint, wanted.name) is None]
+        answered = lambda name: asked.score(name) and predictions(args.checkpoint, name) is not None
+        sets = [wanted for wanted in sets if not answered(wanted.name)]
     rank = int(os.environ.get("RANK", 0))
     if sets:
         tokenizer, model, rank = open_checkpoint(args, lineage)
@@ -1466,8 +1581,8 @@ def open_checkpoint(args, lineage):
 
 # ---------------------------------------------------------------- the paper's figures
 
-# Of each table and D_A: the D_B of its columns, then row: cells. Averages, after "|", only serve to name those that are not
-# their cells' mean. In table 6 the paper prints the same non-factoid figures for all four mixes.
+# Of each table and D_A: the D_B of its columns, then row: cells. Averages, after "|", only serve to name those that
+# are not their cells' mean. In table 6 the paper prints the same non-factoid figures for all four mixes.
 PAPER = """
 table2 kvr | id lama entityqa webqa; gsm8k math evolcode apps ultrachat
 none: 0.5 2.1 17.4 33.8 | 13.5; 24.4 27.3 49.5 26.7 66.6 | 38.9

@@ -1,14 +1,14 @@
 """Where the facts are: at which layer they can be read, what pulls them away, and where they were lost.
 
-    python probe.py CKPT                                   # logit lens on the first stage's facts (section 5, figures 4, 11, 12)
-    python probe.py CKPT CKPT ... --out figure4.png        # and the paper's figure 4, one line a checkpoint
-    python probe.py STAGE1 --gradients --mix pydoc         # interference meter (section 4.1, appendix A): what a step on D_B does to D_A
-    python probe.py STAGE2 --transplant STAGE1             # put stage 1's blocks back and ask again: where were the facts lost?
-    python probe.py STAGE2 --recover 8                     # relearn 8 lost facts: do the others return with them?
-    torchrun --nproc_per_node 8 probe.py CKPT ...          # any of these over several ranks
+    python probe.py CKPT                             # logit lens on D_A (section 5, figures 4, 11, 12)
+    python probe.py CKPT CKPT ... --out figure4.png  # and the paper's figure 4, one line a checkpoint
+    python probe.py STAGE1 --gradients --mix pydoc   # interference of a step on D_B with D_A (section 4.1, appendix A)
+    python probe.py STAGE2 --transplant STAGE1       # put stage 1's blocks back, ask again: where were the facts lost?
+    python probe.py STAGE2 --recover 8               # relearn 8 lost facts: do the others return with them?
+    torchrun --nproc_per_node 8 probe.py CKPT ...    # any of these over several ranks
 
-D_A is always the facts of the first stage. Each writes JSON and a picture into CKPT: probe.NAME, gradients, transplant, recover.
-The checkpoint itself is only read.
+D_A is always the facts of the first stage. Each writes JSON and a picture into CKPT: probe.NAME, gradients, transplant,
+recover. The checkpoint itself is only read.
 
 Axes: L layers, n answer tokens, V vocabulary, P parameters.
 """
@@ -32,8 +32,8 @@ from data import (
 )
 from evaluate import (
     MOST, Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
-    kept_rows, label_of, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision, run_folders,
-    save, set_names, settings_of, shown_weight, stage_sets,
+    kept_rows, label_of, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision,
+    run_folders, save, set_names, settings_of, shown_weight, stage_sets,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, content_id, end_process_group, fail, fits_beside,
@@ -46,7 +46,7 @@ from train import (
 
 TOP_K = 10  # section 5
 ASKED = 24  # facts that go through the model together
-HEAD_ROWS = 48  # positions, of any layer, whose logits exist at a time; of 64, on a CPU, the copy in fp32 costs twice as much
+HEAD_ROWS = 48  # positions, of any layer, whose logits exist at a time; of 64 a CPU's copy in fp32 costs twice as much
 
 
 def main():
@@ -70,15 +70,22 @@ def main():
 
 def parse_args():
     parser = Parser(description="Where the facts are.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="folders of finished stages, or of a base model with --data")
-    parser.add_argument("--data", nargs="+", metavar="NAME", help="lens: sets to probe, not the first stage's; --gradients: the D_B, not those of the runs below CKPT")
-    parser.add_argument("--num-examples", type=int, metavar="N", help="only the first N facts; of other sets the first N (2000 if not given)")
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT",
+                        help="folders of finished stages, or of a base model with --data")  # fmt: skip
+    parser.add_argument("--data", nargs="+", metavar="NAME",
+                        help="lens: sets to probe, not the first stage's; --gradients: the D_B, not those of the runs "
+                             "below CKPT")  # fmt: skip
+    parser.add_argument("--num-examples", type=int, metavar="N",
+                        help="only the first N facts; of other sets the first N (2000 if not given)")  # fmt: skip
     parser.add_argument("--data-dir", default="data", help="folder of flat files")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
-                        help="of the lens and the transplant, auto: as CKPT was trained, for a base model the faster type here; --gradients is fp32")
+                        help="of the lens and the transplant, auto: as CKPT was trained, for a base model the faster "
+                             "type here; --gradients is fp32")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of sampled batches")
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a sampled batch or a step")
-    parser.add_argument("--lr", type=float, help="step size of --gradients and --recover; if not given, the checkpoint's own first stage's")
+    parser.add_argument("--lr", type=float,
+                        help="step size of --gradients and --recover; if not given, the checkpoint's own first "
+                             "stage's")  # fmt: skip
     # logit lens
     parser.add_argument("--first-token", action="store_true", help="look at each answer's first token alone")
     parser.add_argument("--no-base", action="store_true", help="do not probe the base model for comparison")
@@ -90,7 +97,8 @@ def parse_args():
     parser.add_argument("--mix-words", type=int, default=DEFAULT_WORDS, help="length of D_M's passages in words")
     parser.add_argument("--batches", type=int, default=4, help="sampled batches")
     parser.add_argument("--transplant", metavar="OTHER", help="put blocks of this checkpoint into CKPT")
-    parser.add_argument("--grid", type=int, default=7, help="with --transplant: groups of blocks; all their windows are tried")
+    parser.add_argument("--grid", type=int, default=7,
+                        help="with --transplant: groups of blocks; all their windows are tried")  # fmt: skip
     parser.add_argument("--recover", type=int, metavar="N", help="train on N of the facts that CKPT lost")
     parser.add_argument("--steps", type=int, default=8, help="with --recover: steps of training")
     args = parser.parse_args()
@@ -99,7 +107,8 @@ def parse_args():
         if value is not None and not (value > 0 and (name == "lr" or value >= 1)):
             raise DataError(f"--{name.replace('_', '-')} must be above 0")
     if args.mix_ratio < 0 or args.gradients + bool(args.transplant) + bool(args.recover) > 1:
-        raise DataError("--mix-ratio cannot be negative, and --gradients, --transplant and --recover exclude each other")
+        raise DataError("--mix-ratio cannot be negative, and --gradients, --transplant and --recover exclude each "
+                        "other")  # fmt: skip
     if (args.transplant or args.recover) and len(args.checkpoints) > 1:
         raise DataError("--transplant and --recover take one checkpoint")
     if args.mix != "none" and not (args.gradients and args.data):
@@ -111,7 +120,8 @@ def first_set(args, path, lineage):
     """(the stage that learned D_A, D_A as a FactSet, whole): the first stage whose set is one of facts."""
     sets = stage_sets(lineage, args.data_dir)
     if not sets:
-        raise DataError(f"{path}: no stage in its run.json learned facts; name a trained checkpoint, or for the lens a set with --data")
+        raise DataError(f"{path}: no stage in its run.json learned facts; name a trained checkpoint, or for the lens a "
+                        "set with --data")  # fmt: skip
     return lineage[set_names(lineage).index(sets[0].name)], sets[0]
 
 
@@ -140,7 +150,8 @@ def probe(args, stages, device, rank):
                 key = (base_model, precision, json.dumps(facts))
                 if key not in base_models:
                     base_models[key] = probe_one(args, base_model, facts, precision, device)[0]
-                result["floor"]["base_model"] = {k: base_models[key][k] for k in result["floor"]["shuffled"]} | {"accuracy": base_models[key]["accuracy"]}
+                of_base = base_models[key]
+                result["floor"]["base_model"] = {k: of_base[k] for k in [*result["floor"]["shuffled"], "accuracy"]}
             label = model_name(path)
             if lineage:
                 label = f"{label_of([Stage.of(entry) for entry in lineage])}, after {set_label(lineage[-1]['data'])}"
@@ -163,7 +174,8 @@ def base_beside(lineage, rank):
     if content_id(folder) == lineage[0]["base_model_sha256"]:
         return folder
     if rank == 0:
-        print(f"{folder}: not the base model any more that the checkpoint goes back to, so it is left out", file=sys.stderr)
+        print(f"{folder}: not the base model any more that the checkpoint goes back to, so it is left out",
+              file=sys.stderr)  # fmt: skip
     return None
 
 
@@ -183,24 +195,27 @@ def probe_one(args, path, facts, precision, device):
     tokenizer = load_tokenizer(path)
     model = load_model(path, compute_dtype(precision), device)
     ranks, log_probs, floor, owner, correct = read_layers(model, tokenizer, facts, args.first_token)
-    result = {"layers": model.config.num_hidden_layers, "top_k": TOP_K, **summary(ranks, log_probs), "total": ranks.shape[1],
-              "accuracy": 100 * int(correct.sum()) / len(facts), "facts": len(facts), "first_token": args.first_token, "precision": precision,
+    result = {"layers": model.config.num_hidden_layers, "top_k": TOP_K, **summary(ranks, log_probs),
+              "total": ranks.shape[1], "accuracy": 100 * int(correct.sum()) / len(facts), "facts": len(facts),
+              "first_token": args.first_token, "precision": precision,
               "floor": {"shuffled": summary(*floor)}}  # fmt: skip
     worst = torch.stack([ranks[:, owner == i].amax(1) for i in range(len(facts))], dim=1)
     return result, (worst, correct)
 
 
 def summary(ranks, log_probs):
-    """ranks, log_probs (L + 1, n) -> per layer: how many right tokens are in the top 10 ("hits"; "frequency" of all n) and how
-    many are there for the first time ("first_hits"; "first_share" of all that ever are), median rank and mean log-probability.
+    """ranks, log_probs (L + 1, n) -> {name: a figure for each layer}.
 
-    Section 5 defines figure 4 by first occurrences, its caption by occurrences: first_share is the former, frequency the latter.
+    How many right tokens are in the top 10 ("hits"; "frequency" of all n) and how many are there for the first time
+    ("first_hits"; "first_share" of all that ever are), median rank and mean log-probability. Section 5 defines figure 4
+    by first occurrences, its caption by occurrences: first_share is the former, frequency the latter.
     """
     hit = ranks <= TOP_K
     first = hit & (hit.cumsum(0) == 1)
     hits, first_hits = hit.sum(1), first.sum(1)
     return {"hits": hits.tolist(), "first_hits": first_hits.tolist(), "frequency": (hits / ranks.shape[1]).tolist(),
-            "first_share": (first_hits / max(1, int(first_hits.sum()))).tolist(), "median_rank": ranks.double().quantile(0.5, dim=1).tolist(),
+            "first_share": (first_hits / max(1, int(first_hits.sum()))).tolist(),
+            "median_rank": ranks.double().quantile(0.5, dim=1).tolist(),
             "log_prob": log_probs.double().mean(1).tolist()}  # fmt: skip
 
 
@@ -208,9 +223,9 @@ def summary(ranks, log_probs):
 def read_layers(model, tokenizer, facts, first_token=False):
     """Read every answer token off every layer, at the position that predicts it; facts are shared out over the ranks.
 
-    Returns (ranks (L + 1, n), 1 the most likely; log-probabilities (L + 1, n); the same two for the floor, where each token is
-    that of another fact's answer; which fact each of the n tokens belongs to (n); which facts the model answers correctly).
-    The eos after an answer is no part of it.
+    Returns (ranks (L + 1, n), 1 the most likely; log-probabilities (L + 1, n); the same two for the floor, where each
+    token is that of another fact's answer; which fact each of the n tokens belongs to (n); which facts the model
+    answers correctly). The eos after an answer is no part of it.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prompts, drafts, most = questions(tokenizer, facts)
@@ -227,15 +242,18 @@ def read_layers(model, tokenizer, facts, first_token=False):
         group = by_length[rank::world][first : first + ASKED]
         # The same pass over prompts and answers tells what the model answers and what each layer holds on the way.
         stop = lambda k, ids, group=group: is_wrong(tokenizer.decode(ids), facts[group[k]]["response"])
-        new, hidden = model.generate([prompts[i] for i in group], most, tokenizer.eos_id, [drafts[i] for i in group], stop, prefix_len, return_hidden=True)
+        asked, guesses = [prompts[i] for i in group], [drafts[i] for i in group]
+        new, hidden = model.generate(asked, most, tokenizer.eos_id, guesses, stop, prefix_len, return_hidden=True)
         for i, ids in zip(group, new):
             correct[i] = is_correct(tokenizer.decode(ids), facts[i]["response"])
         # hidden has a row for each token of each draft, eos included, and one for what follows it.
         begin = [0, *itertools.accumulate(len(drafts[i]) + 1 for i in group)]
-        rows = torch.tensor([b + j for b, i in zip(begin, group) for j in range(len(answers[i]))], dtype=torch.long, device=device)
+        rows = [b + j for b, i in zip(begin, group) for j in range(len(answers[i]))]
+        rows = torch.tensor(rows, dtype=torch.long, device=device)
         if first == 0 and group:
             check_lens(model, prompts[group[0]] + drafts[group[0]])
-        columns = torch.tensor([j for i in group for j in range(start[i], start[i + 1])], dtype=torch.long, device=device)
+        columns = [j for i in group for j in range(start[i], start[i + 1])]
+        columns = torch.tensor(columns, dtype=torch.long, device=device)
         targets = torch.tensor([pair for i in group for pair in zip(answers[i], others[i])], device=device).view(-1, 2)
         places = torch.cartesian_prod(torch.arange(len(hidden), device=device), torch.arange(len(rows), device=device))
         for layer, k in (part.T for part in places.split(HEAD_ROWS)):
@@ -248,8 +266,10 @@ def read_layers(model, tokenizer, facts, first_token=False):
 
 
 def lens(model, hidden):
-    """Residuals (..., C) of any layer -> logits (..., V), as if the model ended there: the final norm with these residuals' own
-    statistics, then the output embedding (nostalgebraist, 2020)."""
+    """Residuals (..., C) of any layer -> logits (..., V), as if the model ended there (nostalgebraist, 2020).
+
+    The final norm with these residuals' own statistics, then the output embedding.
+    """
     return model.head(hidden)
 
 
@@ -265,14 +285,18 @@ def read(logits, targets):
     for target in targets.T[..., None]:  # (n, 1)
         own = logits.gather(1, target)
         below = own.nextafter(torch.full_like(own, float("-inf")))
-        above = (logits > torch.where(ids < target, below, own)).sum(1, dtype=torch.int32)  # int64 is six times slower on a CPU
+        # Counted in int32: int64 is six times slower on a CPU.
+        above = (logits > torch.where(ids < target, below, own)).sum(1, dtype=torch.int32)
         found += [1 + above, own[:, 0] - total]
     return torch.stack([row.double() for row in found])
 
 
 def check_lens(model, ids):
-    """The lens of what the last layer holds must be the model's own logits, but for rounding. Both come of passes of one shape:
-    in bf16 a pass over a batch with a shared start rounds its residuals differently, on long texts by more than is allowed here."""
+    """The lens of what the last layer holds must be the model's own logits, but for rounding.
+
+    Both come of passes of one shape: in bf16 a pass over a batch with a shared start rounds its residuals differently,
+    on long texts by more than is allowed here.
+    """
     ids = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
     ours, logits = lens(model, model(ids, return_hidden=True)[-1]).float(), model(ids).float()
     worst = ((ours - logits).abs().max() / logits.abs().max()).item()
@@ -281,7 +305,7 @@ def check_lens(model, ids):
 
 
 def shuffled_answers(answers, seed=0):
-    """Lists of token ids -> lists as long, each token taken from the same place of another answer, each token used once.
+    """Lists of token ids -> lists as long, each token from the same place of another answer, each used once.
 
     Letters and digits are frequent whatever the fact: what the lens reads of these is the floor.
     """
@@ -297,28 +321,34 @@ def shuffled_answers(answers, seed=0):
 def print_lens(path, name, result):
     base = result["floor"].get("base_model", {})
     shown = "first answer tokens" if result["first_token"] else "answer tokens"
-    print(f"{path}: {name}, {result['accuracy']:.1f}% of {result['facts']} facts; {result['total']} {shown}, top {TOP_K}, in {result['precision']}")
-    print(f"{'layer':>5} {'frequency':>10} {'shuffled':>9} {'base':>7} {'first here':>11} {'median rank':>12} {'log prob':>9}")
+    print(f"{path}: {name}, {result['accuracy']:.1f}% of {result['facts']} facts; {result['total']} {shown}, "
+          f"top {TOP_K}, in {result['precision']}")  # fmt: skip
+    print(f"{'layer':>5} {'frequency':>10} {'shuffled':>9} {'base':>7} {'first here':>11} {'median rank':>12} "
+          f"{'log prob':>9}")  # fmt: skip
+    shuffled = result["floor"]["shuffled"]
     for layer in range(result["layers"] + 1):
         of_base = f"{base['frequency'][layer]:7.3f}" if base else f"{'-':>7}"
-        print(f"{layer:5} {result['frequency'][layer]:10.3f} {result['floor']['shuffled']['frequency'][layer]:9.3f} {of_base} "
-              f"{result['first_share'][layer]:11.3f} {result['median_rank'][layer]:12.1f} {result['log_prob'][layer]:9.2f}")  # fmt: skip
+        print(f"{layer:5} {result['frequency'][layer]:10.3f} {shuffled['frequency'][layer]:9.3f} {of_base} "
+              f"{result['first_share'][layer]:11.3f} {result['median_rank'][layer]:12.1f} "
+              f"{result['log_prob'][layer]:9.2f}")  # fmt: skip
 
 
 # ---------------------------------------------------------------- interference meter
 
 
 def measure_gradients(args, stages, device, rank):
-    """The gradients of D_A, D_B and D_M at each checkpoint: CKPT/gradients.json and .png, and predicted against measured forgetting.
+    """The gradients of D_A, D_B and D_M at each checkpoint, and predicted against measured forgetting.
 
-    With theta_A the first checkpoint named and theta'_A another (or the same), appendix A.1's terms are
-    Delta_1 = L(theta_A; D_A) - L(theta'_A; D_A) and, to first order, Delta_2 = (change of D_A's loss by a step on D_B from theta_A)
-    - (change by a step on D_B, with D_M if there is one, from theta'_A); above zero means less forgetting.
+    Writes CKPT/gradients.json and .png. With theta_A the first checkpoint named and theta'_A another (or the same),
+    appendix A.1's terms are Delta_1 = L(theta_A; D_A) - L(theta'_A; D_A) and, to first order, Delta_2 = (change of
+    D_A's loss by a step on D_B from theta_A) - (change by a step on D_B, with D_M if there is one, from theta'_A);
+    above zero means less forgetting.
     """
     predicted, measured, baseline = [], [], None
     if rank == 0:
-        print(f"{'checkpoint':>14} {'D_B':>8} {'D_M':>8} {'|g_A|':>8} {'|g_B|':>8} {'cos(A,B)':>9} {'cos(A,M)':>9} {'1st order':>11} {'spread':>8} "
-              f"{'real':>10} {'Delta_1':>10} {'Delta_2':>10} {'forgotten':>9}")  # fmt: skip
+        print(f"{'checkpoint':>14} {'D_B':>8} {'D_M':>8} {'|g_A|':>8} {'|g_B|':>8} {'cos(A,B)':>9} {'cos(A,M)':>9} "
+              f"{'1st order':>11} {'spread':>8} {'real':>10} {'Delta_1':>10} {'Delta_2':>10} "
+              f"{'forgotten':>9}")  # fmt: skip
     for path, lineage in stages.items():
         stage, asked = first_set(args, path, lineage)
         facts, lr, base_model = asked.facts[: args.num_examples], args.lr or stage["lr"], base_of(path, lineage)
@@ -338,11 +368,13 @@ def measure_gradients(args, stages, device, rank):
             if rank == 0:
                 print_row(Path(path).name, row, own)
         if rank == 0:
-            write_json(Path(path) / "gradients.json", {"data": set_label(stage["data"]), "loss": loss, "lr": lr, "batches": args.batches,
-                                                       "batch_size": args.batch_size, "layers": layers, "rows": rows})  # fmt: skip
+            result = {"data": set_label(stage["data"]), "loss": loss, "lr": lr, "batches": args.batches,
+                      "batch_size": args.batch_size, "layers": layers, "rows": rows}  # fmt: skip
+            write_json(Path(path) / "gradients.json", result)
             draw_gradients(rows, layers, f"{path}: D_A is {set_label(stage['data'])}", Path(path) / "gradients.png")
     if rank == 0 and len(measured) > 1:
-        print(f"Spearman's rank correlation of first-order change and forgetting: {spearman(predicted, measured):.2f} over {len(measured)} runs")
+        print(f"Spearman's rank correlation of first-order change and forgetting: {spearman(predicted, measured):.2f} "
+              f"over {len(measured)} runs")  # fmt: skip
 
 
 @dataclass
@@ -360,7 +392,7 @@ class Step:
 
 
 def stage_two_steps(args, path, lineage, name, base_model):
-    """The Steps that are measured: on the sets of --data and --mix, or else those of the finished runs below the checkpoint.
+    """The Steps that are measured: on the sets of --data and --mix, or those of the finished runs below the checkpoint.
 
     Every setting counts: a run has forgotten what it has, beside others of another ratio, tag or number of facts.
     name: of D_A.
@@ -417,12 +449,16 @@ def load_step(args, step, base_model):
         loaded["mix"] = load_examples(of["mix"], n_mix, args.data_dir, of["mix_words"])
     for key, (_, sha256) in loaded.items():
         if of.get(f"{key}_sha256") not in (None, sha256):
-            raise DataError(f"{of[key]}: in {args.data_dir}/ not what {step.runs[0].folder} was trained on; give the folder that holds it with --data-dir")
+            raise DataError(f"{of[key]}: in {args.data_dir}/ not what {step.runs[0].folder} was trained on; give the "
+                            "folder that holds it with --data-dir")  # fmt: skip
     return loaded
 
 
 def meter(args, path, facts, steps, lr, device, base_model):
-    """Each Step's gradients against D_A's, sampled over batches: (a row of gradients.json a step, names of layers, loss on D_A)."""
+    """Each Step's gradients against D_A's, sampled over batches.
+
+    Returns (a row of gradients.json a step, names of layers, loss on D_A).
+    """
     tokenizer = load_tokenizer(path)
     model = sharded(path, "fp32", device)
     names = [name for name, _ in model.named_parameters()]
@@ -450,12 +486,14 @@ def meter(args, path, facts, steps, lr, device, base_model):
             batch_b = batches_b[k % len(batches_b)]
             _, b = gradient(model, batch_b)
             row = {"AA": inner(a, a), "AB": inner(a, b), "BB": inner(b, b)}
-            row["first_order"], row["real"] = {"B": -lr * row["AB"].sum()}, {"B": real_change(model, weights, b, lr, batch, loss)}
+            row["first_order"] = {"B": -lr * row["AB"].sum()}
+            row["real"] = {"B": real_change(model, weights, b, lr, batch, loss)}
             if batches_m:
                 batch_m = batches_m[k % len(batches_m)]
                 _, m = gradient(model, batch_m)
                 row |= {"AM": inner(a, m), "MM": inner(m, m), "BM": inner(b, m)}
-                # The gradient of the union is the mean by answer tokens, as in training: appendix A.3's beta_1 and beta_2.
+                # The gradient of the union is the mean by answer tokens, as in training: appendix A.3's beta_1 and
+                # beta_2.
                 counts, weight = count_answer_tokens(batch_b + batch_m), step.settings["mix_weight"]
                 share = weight * counts["mix"] / (counts["own"] + weight * counts["mix"])
                 union = [x.lerp(y, share) for x, y in zip(b, m)]
@@ -483,7 +521,10 @@ def micro_tokens(model):
 
 
 def inner(x, y):
-    """The inner product of two gradients parameter by parameter, (P), over all ranks' rows; summed in fp64, as small cosines need."""
+    """The inner product of two gradients parameter by parameter, (P), over all ranks' rows.
+
+    Summed in fp64, as small cosines need.
+    """
     products = torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(x, y)])
     dist.all_reduce(products)
     return products.cpu()
@@ -515,7 +556,9 @@ def summarize(step, samples, layers, kinds):
 
     def cosines(pair, keep=slice(None)):
         part = lambda sample, key: sample[key][keep].sum()
-        return spread(part(s, pair) / (part(s, pair[0] * 2) * part(s, pair[1] * 2)).sqrt().clamp(min=1e-30) for s in samples)
+        x, y = pair
+        lengths = lambda sample: (part(sample, x + x) * part(sample, y + y)).sqrt().clamp(min=1e-30)
+        return spread(part(sample, pair) / lengths(sample) for sample in samples)
 
     letters = "ABM" if "MM" in samples[0] else "AB"
     pairs = ["".join(pair) for pair in itertools.combinations(letters, 2)]
@@ -531,7 +574,10 @@ def summarize(step, samples, layers, kinds):
         row[key] = {}
         for label in dict.fromkeys(labels):
             keep = torch.tensor([x == label for x in labels])
-            row[key][label] = {pair: {"dot": spread(s[pair][keep].sum() for s in samples), "cosine": cosines(pair, keep)} for pair in pairs}
+            row[key][label] = {}
+            for pair in pairs:
+                dot = spread(s[pair][keep].sum() for s in samples)
+                row[key][label][pair] = {"dot": dot, "cosine": cosines(pair, keep)}
     return row
 
 
@@ -539,14 +585,21 @@ def print_row(name, row, own):
     mean = lambda values, form: format(values["mean"], form) if values else "-"
     number = lambda value, form: "-" if value is None else format(value, form)
     first, data = row["first_order"][own], row["data"] + (f" ({row['tag']})" if row["tag"] else "")
-    print(f"{name:>14} {data:>8} {row['mix'] or '-':>8} {mean(row['norm']['A'], '.3f'):>8} {mean(row['norm']['B'], '.3f'):>8} "
-          f"{mean(row['cosine']['AB'], '+.4f'):>9} {mean(row['cosine'].get('AM'), '+.4f'):>9} {first['mean']:+11.2e} {first['std']:8.1e} "
-          f"{mean(row['real'][own], '+.2e'):>10} {row['delta_1']:+10.2e} {number(row['delta_2'], '+.2e'):>10} {number(row['forgotten'], '.1f'):>9}")  # fmt: skip
+    print(f"{name:>14} {data:>8} {row['mix'] or '-':>8} {mean(row['norm']['A'], '.3f'):>8} "
+          f"{mean(row['norm']['B'], '.3f'):>8} {mean(row['cosine']['AB'], '+.4f'):>9} "
+          f"{mean(row['cosine'].get('AM'), '+.4f'):>9} {first['mean']:+11.2e} {first['std']:8.1e} "
+          f"{mean(row['real'][own], '+.2e'):>10} {row['delta_1']:+10.2e} {number(row['delta_2'], '+.2e'):>10} "
+          f"{number(row['forgotten'], '.1f'):>9}")  # fmt: skip
 
 
 def spearman(x, y):
     """Spearman's rank correlation; equal values share their mean rank. 0 where one side does not vary."""
-    x, y = (torch.tensor([sum(a < b for a in values) + sum(a == b for a in values) / 2 for b in values], dtype=torch.float64) for values in (x, y))
+
+    def ranked(values):
+        ranks = [sum(a < b for a in values) + sum(a == b for a in values) / 2 for b in values]
+        return torch.tensor(ranks, dtype=torch.float64)
+
+    x, y = ranked(x), ranked(y)
     x, y = x - x.mean(), y - y.mean()
     return float(x @ y / (x.norm() * y.norm()).clamp(min=1e-30))
 
@@ -557,13 +610,14 @@ def spearman(x, y):
 def transplant(args, path, lineage, device, rank):
     """Ask D_A of CKPT with each window of OTHER's parts in place of its own: CKPT/transplant.json and .png.
 
-    The parts in order: the embedding (with the output embedding where the two are tied), --grid groups of blocks, and the final
-    norm with the output embedding. All parts make the model OTHER, none leave it CKPT. A share is of the facts that OTHER
-    answers and CKPT does not. What was asked is kept as it comes, so a killed run goes on.
+    The parts in order: the embedding (with the output embedding where the two are tied), --grid groups of blocks, and
+    the final norm with the output embedding. All parts make the model OTHER, none leave it CKPT. A share is of the
+    facts that OTHER answers and CKPT does not. What was asked is kept as it comes, so a killed run goes on.
     """
     facts = first_set(args, path, lineage)[1].facts[: args.num_examples]
     if Config.from_folder(path).raw != Config.from_folder(args.transplant).raw:
-        raise DataError(f"{args.transplant}: its config.json is not that of {path}; name a checkpoint of the same model")
+        raise DataError(f"{args.transplant}: its config.json is not that of {path}; name a checkpoint of the same "
+                        "model")  # fmt: skip
     tokenizer = load_tokenizer(path)
     precision = resolve_precision(args.precision, path, lineage, device.type)
     model = load_model(path, compute_dtype(precision), device)
@@ -575,7 +629,8 @@ def transplant(args, path, lineage, device, rank):
     parts = split_parts(model, args.grid)
     file, part = Path(path) / "transplant.json", Path(path) / "transplant.part"
     other_path = relative_path(args.transplant, path)
-    header = {"other": other_path, "precision": precision, "parts": [label for label, _ in parts], "facts": [fact["id"] for fact in facts]}
+    header = {"other": other_path, "precision": precision, "parts": [label for label, _ in parts],
+              "facts": [fact["id"] for fact in facts]}  # fmt: skip
     done = {(row["first"], row["last"]): row["correct"] for row in kept_rows(part, header)}
 
     windows = [(0, -1)] + [(first, last) for first in range(len(parts)) for last in range(first, len(parts))]
@@ -594,10 +649,14 @@ def transplant(args, path, lineage, device, rank):
     bar.close()
     none, whole = set(done[0, -1]), set(done[0, len(parts) - 1])
     lost = whole - none
-    rows = [{"first": first, "last": last, "accuracy": 100 * len(done[first, last]) / len(facts),
-             "returned": len(lost.intersection(done[first, last])) / len(lost) if lost else None} for first, last in windows[1:]]  # fmt: skip
-    result = {"other": other_path, "parts": header["parts"], "total": len(facts), "none": 100 * len(none) / len(facts),
-              "all": 100 * len(whole) / len(facts), "lost": len(lost), "windows": rows}  # fmt: skip
+    rows = []
+    for first, last in windows[1:]:
+        right = done[first, last]
+        returned = len(lost.intersection(right)) / len(lost) if lost else None
+        rows.append({"first": first, "last": last, "accuracy": 100 * len(right) / len(facts), "returned": returned})
+    result = {"other": other_path, "parts": header["parts"], "total": len(facts),
+              "none": 100 * len(none) / len(facts), "all": 100 * len(whole) / len(facts), "lost": len(lost),
+              "windows": rows}  # fmt: skip
     if rank == 0:
         print_windows(result)
         write_json(file, result)
@@ -636,23 +695,25 @@ def split_parts(model, grid):
 
 
 def print_windows(result):
-    """The heat map's first row, diagonal and last column: the parts up to each one, each alone, and from each one on."""
+    """The heat map's first row, diagonal and last column: the parts up to each one, each alone, from each one on."""
     shares = {(row["first"], row["last"]): row["returned"] for row in result["windows"]}
-    print(f"{result['none']:.1f}% of {result['total']} facts, {result['all']:.1f}% with all parts; share of the {result['lost']} lost facts that return:")
+    print(f"{result['none']:.1f}% of {result['total']} facts, {result['all']:.1f}% with all parts; share of the "
+          f"{result['lost']} lost facts that return:")  # fmt: skip
     print(f"{'part':>10} {'alone':>7} {'up to it':>9} {'from it on':>11}")
     for i, label in enumerate(result["parts"]):
         cells = [shares[i, i], shares[0, i], shares[i, len(result["parts"]) - 1]]
-        print(f"{label:>10} " + "{:>7} {:>9} {:>11}".format(*["-" if cell is None else f"{cell:.2f}" for cell in cells]))
+        alone, up_to, from_on = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+        print(f"{label:>10} {alone:>7} {up_to:>9} {from_on:>11}")
 
 
 # ---------------------------------------------------------------- lost or unreachable
 
 
 def recover(args, path, lineage, device, rank):
-    """Train on N of the facts that CKPT lost, and apart from that on N never seen, and ask the other lost facts: CKPT/recover.json and .png.
+    """Train on N of the facts that CKPT lost, apart from that on N never seen, and ask the other lost facts.
 
-    If the lost facts are still there but no longer reached (section 4.1), relearning some brings others back, and facts of the
-    same form that were never seen bring back fewer.
+    Writes CKPT/recover.json and .png. If the lost facts are still there but no longer reached (section 4.1), relearning
+    some brings others back, and facts of the same form that were never seen bring back fewer.
     """
     stage, asked = first_set(args, path, lineage)
     facts = asked.facts[: args.num_examples]
@@ -666,47 +727,58 @@ def recover(args, path, lineage, device, rank):
     before = ask(model)
     lost = [i for i, right in enumerate(before) if not right]
     if len(lost) <= args.recover:
-        raise DataError(f"{path}: lost {len(lost)} of its {len(facts)} facts, not more than --recover {args.recover}; give a lower number")
+        raise DataError(f"{path}: lost {len(lost)} of its {len(facts)} facts, not more than --recover {args.recover}; "
+                        "give a lower number")  # fmt: skip
     chosen = random.Random(f"recover {args.seed}").sample(lost, args.recover)
     others = [i for i in lost if i not in chosen]
     never = never_seen(stage, lineage, args.recover, args.data_dir, base_of(path, lineage))
     lr, every = args.lr or stage["lr"], max(1, args.steps // 4)
     arms = {"own": [facts[i] for i in chosen], "never seen": never}
-    result = {"facts": len(facts), "lost": len(lost), "trained": args.recover, "others": len(others), "steps": args.steps, "lr": lr, "arms": {}}
+    result = {"facts": len(facts), "lost": len(lost), "trained": args.recover, "others": len(others),
+              "steps": args.steps, "lr": lr, "arms": {}}  # fmt: skip
     for arm, examples in arms.items():
         load_weights(model, path)
         encoded, log = encode(tokenizer, examples), [{"step": 0, "returned": 0, "kept": sum(before)}]
         optimizer = AdamW(model.parameters())
         order = batches(len(encoded), args.batch_size, args.steps, args.seed)
-        for step, (_, batch) in enumerate(itertools.islice(tqdm(order, total=args.steps, desc=arm, disable=rank > 0), args.steps), 1):
+        bar = tqdm(order, total=args.steps, desc=arm, disable=rank > 0)
+        for step, (_, batch) in enumerate(itertools.islice(bar, args.steps), 1):
             step_loss = train_step(model, [encoded[i] for i in batch], micro_tokens(model))
             optimizer.lr = learning_rate(step, args.steps, lr)
             optimizer.step(step_loss.grad_norm)
             optimizer.zero_grad()
             if step % every == 0 or step == args.steps:
                 right = ask(model)
+                kept = sum(right[i] for i in range(len(facts)) if before[i])
                 log.append({"step": step, "loss": step_loss.loss, "returned": sum(right[i] for i in others),
-                            "kept": sum(right[i] for i in range(len(facts)) if before[i]), "relearned": sum(right[i] for i in chosen)})  # fmt: skip
+                            "kept": kept, "relearned": sum(right[i] for i in chosen)})  # fmt: skip
         result["arms"][arm] = log
         del optimizer
     if rank == 0:
-        print(f"{path}: {len(lost)} of {len(facts)} facts lost; {args.steps} steps on {args.recover}, then the {len(others)} other lost facts are asked")
-        print(f"{'trained on':>12} {'step':>5} {'loss':>8} {'others returned':>16} {'still known':>12} {'of the ' + str(args.recover):>10}")
+        print(f"{path}: {len(lost)} of {len(facts)} facts lost; {args.steps} steps on {args.recover}, then the "
+              f"{len(others)} other lost facts are asked")  # fmt: skip
+        print(f"{'trained on':>12} {'step':>5} {'loss':>8} {'others returned':>16} {'still known':>12} "
+              f"{'of the ' + str(args.recover):>10}")  # fmt: skip
         for arm, log in result["arms"].items():
             for row in log[1:]:
-                print(f"{arm:>12} {row['step']:5} {row['loss']:8.4f} {row['returned']:16} {row['kept']:12} {row['relearned']:10}")
+                print(f"{arm:>12} {row['step']:5} {row['loss']:8.4f} {row['returned']:16} {row['kept']:12} "
+                      f"{row['relearned']:10}")  # fmt: skip
         write_json(Path(path) / "recover.json", result)
         draw_recovery(result, path, Path(path) / "recover.png")
 
 
 def never_seen(stage, lineage, n, data, base_model):
-    """n facts like a stage's that no stage of the lineage was trained on: its set's second slice, or the later lines of a file."""
+    """n facts like a stage's that no stage of the lineage was trained on.
+
+    They are from its set's second slice, or the later lines of a file.
+    """
     name = stage["data"]
     if not name.endswith(".jsonl"):
         base, second, familiarity = resolve(name)
         familiarity = familiarity or stage.get("familiarity")
         name = (base if second else f"{base}-id") + (f".{familiarity}" if familiarity else "")
-    seen = max((entry["num_examples"] for entry in lineage if entry["data"] in (name, name.partition(".")[0])), default=0)
+    of_set = [entry["num_examples"] for entry in lineage if entry["data"] in (name, name.partition(".")[0])]
+    seen = max(of_set, default=0)
     return load_examples(name, seen + n, data, base_model=base_model)[0][seen:]
 
 
@@ -714,13 +786,17 @@ def never_seen(stage, lineage, n, data, base_model):
 
 
 def draw_ranks(ranks, result, title, path):
-    """Heat map of facts x layers: the rank of a fact's worst token. Known facts are above the line, each part by its mean log-rank."""
+    """Heat map of facts x layers: the rank of a fact's worst token.
+
+    Known facts are above the line, each part by its mean log-rank.
+    """
     worst, correct = ranks
     order = sorted(range(len(correct)), key=lambda i: (not correct[i], worst[:, i].log().mean().item()))
     figure, ((axes,),) = picture(size=(6.5, 5))
     from matplotlib.colors import LogNorm
 
-    image = axes.imshow(worst[:, order].T, aspect="auto", cmap="viridis_r", norm=LogNorm(1, max(2, int(worst.max()))), interpolation="nearest")
+    norm = LogNorm(1, max(2, int(worst.max())))
+    image = axes.imshow(worst[:, order].T, aspect="auto", cmap="viridis_r", norm=norm, interpolation="nearest")
     axes.axhline(int(correct.sum()) - 0.5, color="red", linewidth=1)
     axes.set(title=f"{title}\n{result['accuracy']:.1f}% correct (above the line)", xlabel="layer", ylabel="facts")
     figure.colorbar(image, label="rank of the fact's worst token")
@@ -736,8 +812,9 @@ def draw_gradients(rows, layers, title, path):
         for row in rows:
             for pair, name, style in (("AB", row["data"], "-"), ("AM", row["mix"], "--")):
                 if name and (pair, name) not in drawn:
-                    panel.plot(range(len(labels)), [row[key][x][pair]["cosine"]["mean"] for x in labels], style, marker=".", color=f"C{len(drawn)}",
-                               label=f"{'D_B' if pair == 'AB' else 'D_M'} = {name}")  # fmt: skip
+                    cosines = [row[key][x][pair]["cosine"]["mean"] for x in labels]
+                    label = f"{'D_B' if pair == 'AB' else 'D_M'} = {name}"
+                    panel.plot(range(len(labels)), cosines, style, marker=".", color=f"C{len(drawn)}", label=label)
                     drawn.add((pair, name))
         panel.axhline(0, color="gray", linewidth=0.8)
         panel.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
@@ -754,10 +831,12 @@ def draw_transplant(result, title, path):
     share = torch.full((n, n), float("nan"))
     for row in result["windows"]:
         share[row["first"], row["last"]] = float("nan") if row["returned"] is None else row["returned"]
-    for values, label in ((share.diagonal(), "this part alone"), (share[0], "all up to this"), (share[:, -1], "this and all after")):
+    curves = {"this part alone": share.diagonal(), "all up to this": share[0], "this and all after": share[:, -1]}
+    for label, values in curves.items():
         curve.plot(range(n), values, marker=".", label=label)
     curve.set_xticks(range(n), labels, rotation=45)
-    curve.set(xlabel="part taken from the other checkpoint", ylabel="share of the lost facts that return", ylim=(-0.03, 1.03))
+    curve.set(xlabel="part taken from the other checkpoint", ylabel="share of the lost facts that return",
+              ylim=(-0.03, 1.03))  # fmt: skip
     curve.legend(fontsize="small")
     image = heat.imshow(share, vmin=0, vmax=1, cmap="viridis")
     heat.set_xticks(range(n), labels, rotation=45)
@@ -771,8 +850,11 @@ def draw_transplant(result, title, path):
 def draw_recovery(result, title, path):
     figure, ((axes,),) = picture(size=(6, 3.8))
     for arm, log in result["arms"].items():
-        axes.plot([row["step"] for row in log], [100 * row["returned"] / result["others"] for row in log], marker=".", label=f"trained on {result['trained']} {arm} facts")
-    axes.set(title=f"{title}\n{result['others']} lost facts that were not trained on", xlabel="step", ylabel="% that return", ylim=(-3, 103))
+        shares = [100 * row["returned"] / result["others"] for row in log]
+        label = f"trained on {result['trained']} {arm} facts"
+        axes.plot([row["step"] for row in log], shares, marker=".", label=label)
+    axes.set(title=f"{title}\n{result['others']} lost facts that were not trained on", xlabel="step",
+             ylabel="% that return", ylim=(-3, 103))  # fmt: skip
     axes.legend(fontsize="small")
     save(figure, path)
 
