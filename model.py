@@ -895,7 +895,7 @@ def content_id(path):
 
 
 def weights_sample_sha256(path):
-    """Tells models of one shape apart: the sha256 of a sample of every tensor in a folder, 16 rows spread over it."""
+    """Tells models of one shape apart: the sha256 of a sample of every tensor in a folder: of a matrix 16 rows."""
     digest = hashlib.sha256()
     for name, file in sorted(_tensor_files(Path(path)).items()):
         with _open_shard(file) as shard:

@@ -1125,8 +1125,8 @@ class Planned:
         then = without_paths(entry)
         changed = [f"{key} is {then[key]!r}, not {planned[key]!r}" for key in fixed if then[key] != planned[key]]
         if changed:
-            raise DataError(f"{self.folder}: holds a finished run whose {'; '.join(changed)}; remove it, or give another "
-                            "--runs")  # fmt: skip
+            raise DataError(f"{self.folder}: holds a finished run whose {'; '.join(changed)}; remove it, or give "
+                            "another --runs")  # fmt: skip
 
     @property
     def familiarity(self):
