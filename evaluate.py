@@ -847,7 +847,7 @@ def chain(a, row, b):
     elif row in CONTROLS:
         first, later = Stage(a, tag="long"), Stage(tag="long" if row == "long/long" else "")
     else:
-        mixes = [mix.replace("-", "none") if mix == "-" else mix for mix in row.split("/")]
+        mixes = ["none" if mix == "-" else mix for mix in row.split("/")]
         first, later = Stage(a, mixes[0]), Stage(mix=mixes[1])
     stages, names = [first], (f"{a}-id" if b == "id" else b).split("/")
     for name in names:
