@@ -317,7 +317,7 @@ def kept_rows(part, header):
 # decides its log alone. All else are settings.
 PATHS = ("base_model", "checkpoint")
 OUTCOMES = ("steps", "updates", "tokens", "seconds", "final_loss", "losses", "stopped_by")
-DONE_WITH = ("commit", "clean", "python", "torch", "device", "ranks")
+DONE_WITH = ("commit", "clean", "python", "torch", "device", "ranks", "resumed_from")
 LOGGING = ("eval_every", "eval_facts")
 NO_SETTINGS = {"seed", "base_model_name", *PATHS, *OUTCOMES, *DONE_WITH, *LOGGING}
 MIX_SETTINGS = {"mix_ratio", "mix_words", "mix_weight", "equal_weight"}  # decide nothing without a mix
@@ -1034,12 +1034,18 @@ def done_with(runs):
     counts = Counter()
     for run in runs:
         entry = run.lineage[-1]
-        tree = ", changed since" if entry["clean"] is False else ""
-        ranks = f"{entry['ranks']} x " if entry["ranks"] > 1 else ""
-        commit = (entry["commit"] or "unknown")[:10] + tree
-        counts[f"commit {commit}, Python {entry['python']}, torch {entry['torch']}, {ranks}{entry['device']}"] += 1
+        parts = [said_of_part(part) for part in [*entry["resumed_from"], entry]]
+        counts[", then ".join(dict.fromkeys(parts))] += 1
     made = [f"{text}: {count} runs" if len(counts) > 1 else text for text, count in sorted(counts.items())]
     return f"Trained with {'; '.join(made)}."
+
+
+def said_of_part(part):
+    """What a run or a part of it was made with."""
+    tree = ", changed since" if part["clean"] is False else ""
+    ranks = f"{part['ranks']} x " if part["ranks"] > 1 else ""
+    commit = (part["commit"] or "unknown")[:10] + tree
+    return f"commit {commit}, Python {part['python']}, torch {part['torch']}, {ranks}{part['device']}"
 
 
 def tables(folder):

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ from data import (
     load_examples, load_tokenizer, micro_batches, set_label, stage_facts, write_file,
 )
 from evaluate import (
-    DONE_WITH, base_of, check_vocabulary, common_prefix_len, exact_matches, read_lineage, read_rows, record,
+    base_of, check_vocabulary, common_prefix_len, exact_matches, read_lineage, read_rows, record,
     relative_lineage, resolve_precision, settings_of, stage_sets, without_paths,
 )
 from model import (
@@ -341,13 +341,16 @@ def main(penalty=None):
     args.epochs, args.step_matched = resolve_epochs(args.epochs, len(examples), args.batch_size)
     args.penalty = penalty.__name__ if penalty else None
     with raise_on_all_ranks():
-        entry = stage_entry(args, counts, base_of(args.model, lineage)) | made_with(device, world)
+        entry = stage_entry(args, counts, base_of(args.model, lineage))
         settings = all_settings(args.model, entry, examples, config, lineage)
     if len(set(all_gather(sha256_of(settings)))) > 1:
         raise DataError(f"{args.data_dir}: the ranks were given different data or settings; copy one machine's to all")
 
     # Nothing here draws random numbers and an epoch's order depends on the seed alone: a run's position is its step.
     position, files = load_state(state, manifest, settings) if state else (Position(), None)
+    made = made_with(device, world)
+    if made not in position.made_with:
+        position.made_with.append(made)
     micro_tokens = args.micro_tokens or MICRO_TOKENS[device.type]
     load, room = measure_load(args, examples, micro_tokens, world), min(all_gather(whole_memory(device)))
     kept, taken = choose_kept(args, config, load, world, device.type == "cuda", room)
@@ -448,6 +451,7 @@ def main(penalty=None):
             if rank == 0:
                 synced_size(log)
                 copy_tokenizer(args.model, out)
+                entry |= made | {"resumed_from": [part for part in position.made_with if part != made]}
                 entry |= outcome(log.name) | {"steps": step, "updates": position.updates, "final_loss": position.loss,
                                               "stopped_by": stopped_by, "checkpoint": str(out)}  # fmt: skip
                 rows = relative_lineage([*lineage, entry], out)
@@ -518,8 +522,7 @@ def all_settings(model, entry, examples, config, lineage):
     contents = {"tokens": tokens, "config": config.raw, "lineage": record(lineage)}
     hashes = {f"{name}_sha256": sha256_of(content) for name, content in contents.items()}
     hashes["weights_sample_sha256"] = weights_sample_sha256(model)
-    kept = {key: value for key, value in without_paths(entry).items() if key not in (*DONE_WITH, "base_model_name")}
-    return kept | hashes
+    return {key: value for key, value in without_paths(entry).items() if key != "base_model_name"} | hashes
 
 
 def sha256_of(value):
@@ -767,6 +770,7 @@ class Position:
     hits: int = 0  # consecutive updates with a loss below --stop-loss
     loss: float | None = None  # of the last update
     log_bytes: int = 0  # of metrics.jsonl
+    made_with: list = field(default_factory=list)  # as made_with has it, of each part of the run that had another
 
 
 def claim(out, resume):

@@ -153,6 +153,8 @@ def test_killed_again_and_again(work, server, unbroken):
     rows, losses = metrics(out), [row["loss"] for row in unbroken[1][1]]
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-4)
+    (entry,) = json.loads((out / "run.json").read_text())
+    assert [part["ranks"] for part in [*entry["resumed_from"], entry]] == [1, 4, 2], "what each part was made with, once"
 
 
 def test_ranks_agree(work, server, unbroken):

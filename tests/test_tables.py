@@ -24,7 +24,7 @@ def entry(data, n, seed, **changes):
             "tag": "", "seed": seed, "lr": 5e-5, "batch_size": 32, "epochs": 20, "precision": "fp32", "familiarity": "", "data_sha256": sha256,
             "base_model": "models/Meta-Llama-3-8B", "base_model_name": "Meta-Llama-3-8B", "base_model_sha256": "0123456789abcdef",
             "checkpoint": ".", "steps": 4, "updates": 4, "tokens": 100, "seconds": 1.0, "final_loss": 0.1, "losses": {}, "stopped_by": "epochs",
-            "commit": "c0ffee", "clean": True, "python": "3.12.1", "torch": "2.13.0", "device": "a processor", "ranks": 1} | changes  # fmt: skip
+            "commit": "c0ffee", "clean": True, "python": "3.12.1", "torch": "2.13.0", "device": "a processor", "ranks": 1, "resumed_from": []} | changes  # fmt: skip
 
 
 def put(folder, lineage, right, asked=None):
@@ -190,8 +190,10 @@ def test_tags_that_name_settings(grid):
 def test_what_runs_were_made_with(grid):
     """Below the tables stand the runs' own commits, versions and devices, not this machine's."""
     assert tables(grid).endswith("\nTrained with commit c0ffee, Python 3.12.1, torch 2.13.0, a processor.\n")
-    put_cell(grid, "none", "math", {0: [1, 0, 0, 0]}, commit="decade", clean=False, device="a GPU", ranks=8)
-    assert "commit decade, changed since, Python 3.12.1, torch 2.13.0, 8 x a GPU: 1 runs" in tables(grid)
+    before = {"commit": "c0ffee", "clean": True, "python": "3.11", "torch": "2.11", "device": "a GPU", "ranks": 4}
+    put_cell(grid, "none", "math", {0: [1, 0, 0, 0]}, commit="decade", clean=False, device="a GPU", ranks=8, resumed_from=[before])
+    assert ("commit c0ffee, Python 3.11, torch 2.11, 4 x a GPU, then commit decade, changed since, Python 3.12.1, torch 2.13.0, "
+            "8 x a GPU: 1 runs") in tables(grid)  # fmt: skip
 
 
 def test_what_is_no_record(tmp_path):
