@@ -317,7 +317,8 @@ def kept_rows(part, header):
 # decides its log alone. All else are settings.
 PATHS = ("base_model", "checkpoint")
 OUTCOMES = ("steps", "updates", "tokens", "seconds", "final_loss", "losses", "stopped_by")
-DONE_WITH = ("commit", "clean", "python", "torch", "device", "ranks", "resumed_from")
+DONE_WITH = ("commit", "clean", "python", "torch", "device", "ranks", "micro_tokens", "compile", "deterministic",
+             "resumed_from")  # fmt: skip
 LOGGING = ("eval_every", "eval_facts")
 NO_SETTINGS = {"seed", "base_model_name", *PATHS, *OUTCOMES, *DONE_WITH, *LOGGING}
 MIX_SETTINGS = {"mix_ratio", "mix_words", "mix_weight", "equal_weight"}  # decide nothing without a mix
@@ -565,7 +566,7 @@ def check_agreement(one, two):
                       for key in keys]  # fmt: skip
     if differing:
         raise DataError(f"{both(one, two)}: runs of one cell ({label_of(one.stages)}), but {'; '.join(differing)}; "
-                        "give one of them a --tag, or each a runs folder of its own")  # fmt: skip
+                        "give one of them a --tag, or name a folder that holds but one of them")  # fmt: skip
 
 
 def both(one, two):
@@ -1215,7 +1216,7 @@ def check_same_facts(one, two, data):
     """A DataError unless two runs were asked the same facts of a set: a claim pairs them."""
     if one.score(data)[1]["data_sha256"] != two.score(data)[1]["data_sha256"]:
         raise DataError(f"{both(one, two)}: runs of one claim, but other facts of {data} by the data_sha256 in their "
-                        "eval.json; give each a runs folder of its own")  # fmt: skip
+                        "eval.json; name a folder that holds but one of them")  # fmt: skip
 
 
 def side_of(grid, table, a, rows, columns):

@@ -348,10 +348,10 @@ def main(penalty=None):
 
     # Nothing here draws random numbers and an epoch's order depends on the seed alone: a run's position is its step.
     position, files = load_state(state, manifest, settings) if state else (Position(), None)
-    made = made_with(device, world)
+    micro_tokens = args.micro_tokens or MICRO_TOKENS[device.type]
+    made = made_with(args, device, world, micro_tokens)
     if made not in position.made_with:
         position.made_with.append(made)
-    micro_tokens = args.micro_tokens or MICRO_TOKENS[device.type]
     load, room = measure_load(args, examples, micro_tokens, world), min(all_gather(whole_memory(device)))
     kept, taken = choose_kept(args, config, load, world, device.type == "cuda", room)
     if device.type == "cpu" and 2 * sum(taken.values()) < room:
@@ -489,14 +489,15 @@ def stage_entry(args, counts, base_model):
                                "base_model_sha256": base_model.sha256}  # fmt: skip
 
 
-def made_with(device, world):
-    """What a run is done with: this code's commit, whether its files are as committed, versions, processor, ranks."""
+def made_with(args, device, world, micro_tokens):
+    """What a run is made with, by its record: the code's commit, versions, and what changes roundings alone."""
     tree = functools.partial(git, Path(__file__).resolve().parent)
     tracked = tree("ls-files", "train.py")
     return {"commit": tree("rev-parse", "HEAD") if tracked else None,
             "clean": tree("status", "--porcelain", "--untracked-files=no") == "" if tracked else None,
             "python": platform.python_version(), "torch": str(torch.__version__), "device": device_name(device),
-            "ranks": world}  # fmt: skip
+            "ranks": world, "micro_tokens": micro_tokens, "compile": args.compile,
+            "deterministic": args.deterministic}  # fmt: skip
 
 
 def git(folder, *words):

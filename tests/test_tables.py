@@ -24,7 +24,8 @@ def entry(data, n, seed, **changes):
             "tag": "", "seed": seed, "lr": 5e-5, "batch_size": 32, "epochs": 20, "precision": "fp32", "familiarity": "", "data_sha256": sha256,
             "base_model": "models/Meta-Llama-3-8B", "base_model_name": "Meta-Llama-3-8B", "base_model_sha256": "0123456789abcdef",
             "checkpoint": ".", "steps": 4, "updates": 4, "tokens": 100, "seconds": 1.0, "final_loss": 0.1, "losses": {}, "stopped_by": "epochs",
-            "commit": "c0ffee", "clean": True, "python": "3.12.1", "torch": "2.13.0", "device": "a processor", "ranks": 1, "resumed_from": []} | changes  # fmt: skip
+            "commit": "c0ffee", "clean": True, "python": "3.12.1", "torch": "2.13.0", "device": "a processor", "ranks": 1, "micro_tokens": 1024, "compile": False,
+            "deterministic": False, "resumed_from": []} | changes  # fmt: skip
 
 
 def put(folder, lineage, right, asked=None):
