@@ -1538,9 +1538,9 @@ def main():
         return end_process_group()
     sets = chosen_sets(args, lineage)
     if args.lost:
-        asked = read_run(args.checkpoint)
-        answered = lambda name: asked.score(name) and predictions(args.checkpoint, name) is not None
-        sets = [wanted for wanted in sets if not answered(wanted.name)]
+        run = read_run(args.checkpoint)
+        answers = {wanted.name: predictions(args.checkpoint, wanted.name) or [] for wanted in sets}
+        sets = [wanted for wanted in sets if not run.score(wanted.name) or len(answers[wanted.name]) < wanted.of]
     rank = int(os.environ.get("RANK", 0))
     if sets:
         tokenizer, model, rank = open_checkpoint(args, lineage)
@@ -1549,9 +1549,11 @@ def main():
             say_results(results, args.precision)
         end_process_group()
     if rank == 0 and not args.data and not args.num_examples:
-        run = read_run(args.checkpoint)
-        for found in forgotten(run, lambda stage: folder_of_stage(lineage, stage)):
-            say_forgotten(found, args.lost)
+        found = forgotten(read_run(args.checkpoint), lambda stage: folder_of_stage(lineage, stage))
+        for of_set in found:
+            say_forgotten(of_set, args.lost)
+        if args.lost and not found:
+            print(f"{args.checkpoint}: no stage before its last learned facts, so none are forgotten")
 
 
 def chosen_sets(args, lineage):
@@ -1564,7 +1566,8 @@ def chosen_sets(args, lineage):
     if not sets:
         raise DataError(f"{args.checkpoint}: no stage of it learned facts; name sets with --data")
     if args.num_examples:
-        names = [entry["data"] for entry in lineage if set_label(entry["data"]) in {kept.data for kept in sets}]
+        learned = {kept.name for kept in sets}
+        names = [entry["data"] for entry, name in zip(lineage, set_names(lineage)) if name in learned]
         return named_sets(names, args.num_examples, args.checkpoint, lineage, args.data_dir)
     return sets
 
