@@ -1227,11 +1227,15 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
     return [path for path, part in slices.items() if part]
 
 
+def is_name_of_set(stem):
+    """Whether a file of such a name is a set's: popqa, but also popqa-id, popqa.unfamiliar, popqa.subjects, random.w8."""
+    return stem.partition(".")[0].removesuffix("-id") in SETS
+
+
 def own_flat_file(name, out):
     """The place of a user's own file among the flat files; a DataError where it is another's, or the file itself."""
     path = Path(out) / f"{OWN_FILE.match(Path(name).name).group(1)}.jsonl"
-    # Of popqa also popqa-id, popqa.unfamiliar and popqa.subjects, of random also random.w8.
-    if path.stem.partition(".")[0].removesuffix("-id") in SETS or path.resolve() == Path(name).resolve():
+    if is_name_of_set(path.stem) or path.resolve() == Path(name).resolve():
         raise DataError(f"{name}: {path} is its own or a set's place; rename it, or give another --out")
     manifest = path.with_suffix(".json")
     sources = _read_json(manifest, f"remove it and {path}").get("sources", {}) if manifest.exists() else {}

@@ -28,8 +28,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
-    SETS, BaseModel, DataError, Parser, encode_example, is_split, json_line, load_examples, load_pool, load_tokenizer,
-    path_from, relative_path, resolve, set_label, split_file, stage_facts, stage_set, write_file, write_flat,
+    SETS, BaseModel, DataError, Parser, encode_example, is_name_of_set, is_split, json_line, load_examples, load_pool,
+    load_tokenizer, path_from, relative_path, resolve, set_label, split_file, stage_facts, stage_set, write_file,
+    write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -243,7 +244,7 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     run goes on.
     """
     base = resolve(name)[0] if not name.endswith(".jsonl") else set_label(name)
-    if name.endswith(".jsonl") and base.partition(".")[0].removesuffix("-id") in SETS:
+    if name.endswith(".jsonl") and is_name_of_set(base):
         raise DataError(f"{name}: its facts would be kept under the name of the set {base}; rename it")
     target = {kind: split_file(base, kind, base_model, data) for kind in ("familiar", "unfamiliar")}
     pool, sha256 = load_pool(name, data)
@@ -1037,7 +1038,8 @@ def done_with(runs):
         entry = run.lineage[-1]
         parts = [said_of_part(part) for part in [*entry["resumed_from"], entry]]
         counts[", then ".join(dict.fromkeys(parts))] += 1
-    made = [f"{text}: {count} runs" if len(counts) > 1 else text for text, count in sorted(counts.items())]
+    of = lambda count: f" ({count} of {len(runs)} runs)" if len(counts) > 1 else ""
+    made = [text + of(count) for text, count in sorted(counts.items())]
     return f"Trained with {'; '.join(made)}."
 
 
@@ -1100,7 +1102,7 @@ def say_unasked(runs, starts):
         if not run.scores or learned_facts and not run.score(set_names(run.lineage)[0]):
             unasked.append(str(run.folder))
     if unasked:
-        print(f"{len(unasked)} runs were not asked what their first stage learned, and are left out there, first "
+        print(f"runs that were not asked what their first stage learned, and are left out there: {len(unasked)}, first "
               f"{min(unasked)}; run evaluate.py on them", file=sys.stderr)  # fmt: skip
 
 
@@ -1671,5 +1673,7 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, DataError) as error:
         fail(error)
+    except BrokenPipeError:  # who reads along, head for instance, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a folder that may not be written
         fail(error, 1)

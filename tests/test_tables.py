@@ -194,7 +194,7 @@ def test_what_runs_were_made_with(grid):
     before = {"commit": "c0ffee", "clean": True, "python": "3.11", "torch": "2.11", "device": "a GPU", "ranks": 4}
     put_cell(grid, "none", "math", {0: [1, 0, 0, 0]}, commit="decade", clean=False, device="a GPU", ranks=8, resumed_from=[before])
     assert ("commit c0ffee, Python 3.11, torch 2.11, 4 x a GPU, then commit decade, changed since, Python 3.12.1, torch 2.13.0, "
-            "8 x a GPU: 1 runs") in tables(grid)  # fmt: skip
+            "8 x a GPU (1 of 21 runs)") in tables(grid)  # fmt: skip
 
 
 def test_what_is_no_record(tmp_path):
