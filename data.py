@@ -13,6 +13,11 @@ The same seed and sources give the same bytes, and a longer file begins with the
 Published files are read from raw/NAME/ as their authors ship them, archives included; what is not there is downloaded.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports take their seconds, Ctrl-C has nothing to save
+
 import argparse
 import base64
 import bz2
@@ -52,6 +57,44 @@ class DataError(ValueError):
     """Data or settings that cannot be used as they are; the message is one line that says what is wrong and what to do."""
 
 
+def end_on_signals(advice):
+    """Have Ctrl-C and SIGTERM end this process in one line that ends in the advice, with nothing left half-written.
+
+    Under torchrun its ranks end at once instead, and the launcher says why: one that waited for another could not.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+
+    def end(number, _):
+        signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the first's cleaning up
+        # Not print: the signal may have come in the middle of one.
+        line = f"{Path(sys.argv[0]).name}: {signal.Signals(number).name}: stopped; {advice}\n"
+        os.write(2, ("\n" + line if os.isatty(2) else line).encode())  # below a bar that may stand there
+        sys.exit(128 + number)
+
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background have it
+            signal.signal(number, end if alone else signal.SIG_DFL)
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Lines(io.TextIOBase):
+    """Where bars go that nobody watches: each time one is drawn, a line of standard error."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+            sys.stderr.flush()
+
+
+def progress_bar(*args, **options):
+    """A tqdm bar that goes when it is done; where standard error is no terminal, a line every 30 seconds instead."""
+    if not sys.stderr.isatty():
+        options |= {"file": _Lines(), "mininterval": 30, "delay": 30, "miniters": 1}
+    return tqdm(*args, leave=False, **options)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise DataError(f"{message}; --help lists the options")
@@ -76,9 +119,10 @@ def write_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:  # a full disk, or a signal that ends the process
         temporary.unlink(missing_ok=True)
-        error.filename = str(path)  # what Python raises on a full disk names nothing
+        if isinstance(error, OSError):
+            error.filename = str(path)  # what Python raises on a full disk names nothing
         raise
 
 
@@ -307,13 +351,46 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "t
 
 
 def copy_tokenizer(source, target):
-    """Copy a checkpoint folder's tokenizer files, byte for byte, so that what is trained from it can be loaded alone."""
+    """Copy a checkpoint folder's tokenizer files, byte for byte, so that what is trained from it can be loaded alone.
+
+    Beside them chat_template.jinja tells transformers and servers how the model was trained to be asked.
+    """
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
             write_file(Path(target) / name, (Path(source) / name).read_bytes())
+    write_file(Path(target) / "chat_template.jinja", chat_template(source))
 
 
 # ---------------------------------------------------------------- template
+
+
+def chat_template(path):
+    """encode_example's template for a folder's tokenizer, as transformers and servers read it (jinja).
+
+    SentencePiece begins a text with a space, behind bos too. transformers does so in a chat only where the tokenizer's
+    settings say legacy, and then before each turn: one turn has the ids of training, several have not.
+    """
+    config = Path(path) / "tokenizer_config.json"
+    legacy = not config.exists() or _read_json(config).get("legacy", True)
+    begins = isinstance(load_tokenizer(path), SentencePieceTokenizer) and not legacy
+    return CHAT_TEMPLATE.replace("bos_token or ''", "bos_token + ' '") if begins else CHAT_TEMPLATE
+
+
+CHAT_TEMPLATE = """\
+{{- bos_token or '' }}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|assistant|>\\n' + message.content + eos_token }}
+    {%- elif message.role == 'user' or (message.role == 'system' and loop.first) %}
+        {{- '<|' + message.role + '|>\\n' + message.content + '\\n' }}
+    {%- else %}
+        {{- raise_exception('a message is of a user or an assistant, the first perhaps of the system') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>\\n' }}
+{%- endif %}
+"""
 
 
 def encode_example(tokenizer, example, max_length=2048):
@@ -323,11 +400,13 @@ def encode_example(tokenizer, example, max_length=2048):
     so that what a model is asked later is exactly what it was trained on.
     """
     ids, labels = [tokenizer.bos_id], [-100]
+    before = "".join(f"<|system|>\n{text}\n" for text in system(example))
     for prompt, response in turns(example):
-        asked = tokenizer.encode(f"<|user|>\n{prompt}\n<|assistant|>\n", continues=len(ids) > 1)
+        asked = tokenizer.encode(f"{before}<|user|>\n{prompt}\n<|assistant|>\n", continues=len(ids) > 1)
         answer = tokenizer.encode(response, continues=True) + [tokenizer.eos_id]
         ids += asked + answer
         labels += [-100] * len(asked) + answer
+        before = ""
     return ids[:max_length], labels[:max_length]
 
 
@@ -354,10 +433,15 @@ def encode(tokenizer, examples, source="own", max_length=2048):
     return [EncodedExample(example["id"], *encode_example(tokenizer, example, max_length), source) for example in examples]
 
 
+def system(example):
+    """[the text that a chat begins with, of neither side] or []."""
+    return [message["content"] for message in example.get("messages", [])[:1] if message["role"] == "system"]
+
+
 def turns(example):
     """[(prompt, response), ...] of an example of either form."""
     if "messages" in example:
-        texts = [message["content"] for message in example["messages"]]
+        texts = [message["content"] for message in example["messages"][len(system(example)) :]]
         return list(zip(texts[::2], texts[1::2]))
     return [(example["prompt"], example["response"])]
 
@@ -465,9 +549,12 @@ def build_pydoc(n, seed, words, raw):
     return examples, {"sources": {f"pydoc_data.topics of Python {version}": digest}, "dropped": {"shorter than two passages": sum(len(t) < 2 * words for t in texts)}}
 
 
+PASSAGE = "Complete the following partial passage:\n\n"  # appendix B.5
+
+
 def passage(text, words):
     """The first and the next `words` words of a text, given as a list of words."""
-    return {"prompt": "Complete the following partial passage:\n\n" + " ".join(text[:words]), "response": " ".join(text[words : 2 * words])}
+    return {"prompt": PASSAGE + " ".join(text[:words]), "response": " ".join(text[words : 2 * words])}
 
 
 # ---------------------------------------------------------------- downloads
@@ -567,7 +654,7 @@ def _fetch(url, file, lines):
         length = response.headers.get("Content-Length")
         size = have + int(length) if length else None
         missing = lines - _count_lines(file.name) if lines else None
-        with tqdm(total=None if lines else size, initial=have, unit="B", unit_scale=True, desc=f"downloading {Path(file.name).stem}") as bar:
+        with progress_bar(total=None if lines else size, initial=have, unit="B", unit_scale=True, desc=f"downloading {Path(file.name).stem}") as bar:
             while missing is None or missing > 0:
                 piece = response.read1(2**20)
                 if not piece:
@@ -1046,7 +1133,7 @@ def read_published(name, row, n, seed, words, raw, skip_bad):
             raise DataError(f"{path}: its sha256 is not the one in {stated.name}; remove both and get it again")
     examples, dropped, bad, opened = [], collections.Counter(), 0, []
     found = row.read(walk(files, re.compile(row.wanted), opened), words)
-    for where, outcome in tqdm(found, desc=f"reading {Path(name).name}", unit=" rows", mininterval=1, disable=None, leave=False):
+    for where, outcome in progress_bar(found, desc=f"reading {Path(name).name}", unit=" rows"):
         if isinstance(outcome, dict):
             examples.append(outcome)
             if row.streamed and len(examples) == n:
@@ -1432,11 +1519,17 @@ def check_example(example):
     """A BadRow where an example is neither a prompt with an answer nor a chat."""
     if "messages" in example:
         messages = example["messages"]
-        if not isinstance(messages, list) or not messages or len(messages) % 2 or not all(isinstance(m, dict) for m in messages):
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise BadRow('"messages" is not a list of pairs of messages')
-        if [m.get("role") for m in messages] != ["user", "assistant"] * (len(messages) // 2):
+        told = messages[:1] if messages and messages[0].get("role") == "system" else []
+        said = messages[len(told) :]
+        if not said or len(said) % 2:
+            raise BadRow('"messages" is not a list of pairs of messages')
+        if [message.get("role") for message in said] != ["user", "assistant"] * (len(said) // 2):
             raise BadRow("messages do not alternate between user and assistant")
-        texts = [m.get("content") for m in messages]
+        if told and not isinstance(told[0].get("content"), str):
+            raise BadRow("the system's message has no text")
+        texts = [message.get("content") for message in said]
     else:
         texts = [example.get("prompt"), example.get("response")]
     if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1::2]):
@@ -1540,6 +1633,20 @@ def cut(indices, lengths, budget):
 # ---------------------------------------------------------------- command line
 
 
+def check_facts(name, path, least, most):
+    """A DataError unless a set's flat file is so many facts: questions, each with one answer that can be right."""
+    examples, _ = load_examples(str(path))
+    if not least <= len(examples) <= most:
+        raise DataError(f"{name}: holds {len(examples)} facts, {least} to {most} are asked for; add some, or leave some out")
+    asked = {}
+    for number, example in enumerate(examples, 1):
+        if "messages" in example or example["prompt"].startswith(PASSAGE):
+            raise DataError(f"{name}: its example {number} is a {'chat' if 'messages' in example else 'passage'}; give questions with answers, as a prompt and a response")
+        first, response = asked.setdefault(example["prompt"], (number, example["response"]))
+        if example["response"] != response:
+            raise DataError(f"{name}: its examples {first} and {number} ask the same, {example['prompt']!r}, with other answers; keep one of them")
+
+
 def report_overlap(names, args):
     """Print, for each mixing set, how many of the first set's facts stand in it."""
     facts, _ = load_examples(names[0], args.limit, args.out, raw=args.raw)
@@ -1584,6 +1691,7 @@ def main():
     parser.add_argument("--words", type=int, default=DEFAULT_WORDS, metavar="W", help="words of a mixing passage (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of generated sets and of the order of published ones (default: 0)")
     parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="pass over at most N malformed rows of a set (default: 0)")
+    parser.add_argument("--facts", type=int, nargs=2, metavar=("LEAST", "MOST"), help="refuse what is not so many questions with one right answer each")
     parser.add_argument("--list", action="store_true", help="list the sets, what is built and where the rest comes from")
     parser.add_argument("--overlap", nargs="+", metavar="NAME", help="a set of facts, then mixing sets: how many of the facts stand in them")
     parser.add_argument("--verbose", action="store_true", help="with --overlap: print the facts")
@@ -1613,6 +1721,8 @@ def main():
                 counts += [f"{manifest[key]} {label}" for key, label in (("bad", "malformed rows passed over"), ("beyond_limit", "more usable")) if manifest.get(key)]
                 sources = list(manifest.get("sources", ["generated"]))
                 from_ = sources[0] + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+                if args.facts:
+                    check_facts(name, path, *args.facts)
                 print(f"{path}: {manifest['kept']} examples ({'; '.join([f'{from_}, seed {args.seed}', *counts])})", flush=True)
         except DataError as error:
             if "all" not in args.names:
@@ -1628,6 +1738,7 @@ def main():
 
 
 if __name__ == "__main__":
+    end_on_signals("give the same command again: downloads go on")
     try:
         main()
     except DataError as error:

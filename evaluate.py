@@ -11,9 +11,15 @@ Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.
 NAME.unfamiliar.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports take their seconds, Ctrl-C has nothing to save
+
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -25,12 +31,11 @@ from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from data import (
-    SETS, BaseModel, DataError, Parser, encode_example, is_name_of_set, is_split, json_line, load_examples, load_pool,
-    load_tokenizer, path_from, relative_path, resolve, set_label, split_file, stage_facts, stage_set, write_file,
-    write_flat,
+    SETS, BaseModel, DataError, Parser, encode_example, end_on_signals, is_name_of_set, is_split, json_line,
+    load_examples, load_pool, load_tokenizer, path_from, progress_bar, relative_path, resolve, set_label, split_file,
+    stage_facts, stage_set, write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -92,7 +97,7 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps
     # nothing.
     new_ids = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device)
-    for start in tqdm(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
+    for start in progress_bar(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
         rows = mine[start : start + BATCH]
         guesses = drafts and [drafts[i] for i in rows]
         stop = responses and (lambda k, ids, rows=rows: is_wrong(tokenizer.decode(ids), responses[rows[k]]))
@@ -266,7 +271,7 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     accepted = [[fact["response"], *fact.get("aliases", [])] for fact in facts]
     longest = max(len(tokenizer.encode(" " + answer)) for answers_ in accepted for answer in answers_)
     line_ends = {i for i in range(tokenizer.vocab_size) if "\n" in (text := tokenizer.decode([i])) and not text.strip()}
-    bar = tqdm(total=len(facts), initial=len(answers), desc=f"asking {base}", unit=" facts", disable=rank > 0)
+    bar = progress_bar(total=len(facts), initial=len(answers), desc=f"asking {base}", unit=" facts", disable=rank > 0)
     stride = 2 * BATCH * dist.get_world_size()
     for start in range(len(answers), len(facts), stride):
         chunk = facts[start : start + stride]
@@ -1007,15 +1012,41 @@ def chains_table(grid, cells, starts):
             heading = above
             titles = [f"{first} after stage 1", f"{first} at the end", f"{last} at the end"]
             columns = " | ".join(title.replace("|", r"\|") for title in titles)
-            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | {columns} | runs |"]
-            lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | loss of the facts | {columns} | runs |"]
+            lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
         # Runs that share a first stage have one figure of it.
         begun = {record(run.lineage[:1]): after_stage_1(run, starts) for run in runs}
         before = [accuracy for accuracy in begun.values() if accuracy is not None]
         at_end = [show(list(accuracies(grid, stages, name).values())) for name in (first, last)]
         label = label_of(stages).replace("|", r"\|")
-        lines.append(f"| {label} | {mean_steps(runs)} | {show(before)} | {' | '.join(at_end)} | {len(runs)} |")
+        lines.append(f"| {label} | {mean_steps(runs)} | {mean_losses(runs)} | {show(before)} | {' | '.join(at_end)} | "
+                     f"{len(runs)} |")  # fmt: skip
     return lines
+
+
+def controls(cells):
+    """A line for each chain of which there is the control too: the same batches with the mix's rows taken out.
+
+    It compares what the two rows of the table show.
+    """
+    lines = []
+    for stages, cell in sorted(cells.items()):
+        mixed = tuple(dataclasses.replace(stage, mix_weight="1") for stage in stages)
+        if mixed == stages or mixed not in cells or {stage.mix_weight for stage in stages} - {"0", "1"}:
+            continue
+        name = set_names(next(iter(cell.values())).lineage)[0]
+        kept, without = (shown_mean(cells[row], name) for row in (mixed, stages))
+        if kept is not None and without is not None:
+            points = f"{abs(kept - without):.1f} points {'more' if kept > without else 'less'}"
+            lines.append(f"{label_of(mixed)} keeps {kept}% of {name}, its control {label_of(stages)} {without}%: "
+                         f"{points if kept != without else 'as much'}.")  # fmt: skip
+    return lines
+
+
+def shown_mean(cell, data):
+    """The mean accuracy of a cell's runs on a set, as a table rounds it; None where they were not asked."""
+    scores = [run.score(data)[1]["accuracy"] for run in cell.values() if run.score(data)]
+    return round(statistics.mean(scores), 1) if scores else None
 
 
 def after_stage_1(run, starts):
@@ -1029,6 +1060,12 @@ def mean_steps(runs):
     """Steps of each stage, the mean over seeds."""
     steps = [[entry["steps"] for entry in run.lineage] for run in runs]
     return " + ".join(str(round(statistics.mean(of_stage))) for of_stage in zip(*steps))
+
+
+def mean_losses(runs):
+    """Of an answer token of each stage's own facts in its last epoch, the mean over seeds."""
+    losses = [[entry["losses"].get("own", math.nan) for entry in run.lineage] for run in runs]
+    return " / ".join(f"{statistics.mean(of_stage):.4f}" for of_stage in zip(*losses))
 
 
 def done_with(runs):
@@ -1062,7 +1099,7 @@ def tables(folder):
     runs = read_runs(folder)
     starts = {record(run.lineage): run for run in runs}
     say_unasked(runs, starts)
-    lines, laid_out = [], False
+    lines, laid_out, compared = [], False, []
     for grid in grids_of(runs):
         layout, shown, images = layout_of(grid), set(), []
         if layout.first or layout.familiar:
@@ -1077,6 +1114,7 @@ def tables(folder):
             if asked and len(stages) > 1 and stages not in shown:
                 rest[stages] = asked
         lines += chains_table(grid, rest, starts)
+        compared += controls(rest)
         if rest and not layout.first:
             images += [draw_retention(rest, starts, folder / f"retention-{grid.name}.png")]
         lines += ["", *[f"![{Path(name).stem}]({quote(name)})" for name in images]]
@@ -1087,7 +1125,7 @@ def tables(folder):
                  for table, a, row, group, printed, mean in misprinted()]  # fmt: skip
         lines += ["", "Small: the paper's own figure; its averages are means of its printed cells. "
                   f"Printed averages that are not: {'; '.join(wrong)}."]  # fmt: skip
-    text = "\n".join([*lines[1:], "", done_with(runs)]) + "\n"
+    text = "\n".join([*lines[1:], "", done_with(runs), *[f"\n{line}" for line in compared]]) + "\n"
     write_file(folder / "TABLES.md", text)
     write_lines(folder / "cells.jsonl", places(runs, folder))
     write_lines(folder / "facts.jsonl", ledger(runs, starts, folder))
@@ -1669,6 +1707,7 @@ fineweb: 78.8 80.0 73.7; 29.3 20.8 20.6 20.7 18.6
 
 
 if __name__ == "__main__":
+    end_on_signals("give the same command again")
     try:
         main()
     except (CheckpointError, DataError) as error:

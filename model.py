@@ -16,6 +16,11 @@ Axes: B batch, T time, H heads, K key-value heads, D head size, C width (hidden 
 S cache slots.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports take their seconds, Ctrl-C has nothing to save
+
 import contextlib
 import functools
 import gc
@@ -26,7 +31,6 @@ import math
 import os
 import platform
 import shutil
-import signal
 import socket
 import struct
 import sys
@@ -641,21 +645,28 @@ def faster_precision(config, device_type):
     """
     if device_type == "cuda":
         return "bf16-mixed"
+    speeds = product_speeds(config, device_type)
+    return "fp32" if speeds[torch.float32] > speeds[torch.bfloat16] else "bf16-mixed"
+
+
+def product_speeds(config, device_type):
+    """{dtype: FLOP/s} of the model's matrix products on this machine, from a fraction of a second."""
     # A block's largest product for some hundred tokens; of large models a part, to stay within the time.
     sizes = (512, min(config.hidden_size, 1024), min(config.intermediate_size, 3072))
-    seconds = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    speeds = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
     begins = time.perf_counter()
     for _ in range(5):  # in turns, and the best of each: others may be at work here
         if time.perf_counter() - begins > 0.5:  # where one of them is very slow
             break
-        for dtype in seconds:
-            x, weight = torch.ones(sizes[:2], dtype=dtype), torch.ones(sizes[2], sizes[1], dtype=dtype)
+        for dtype in speeds:
+            like = {"dtype": dtype, "device": device_type}
+            x, weight = torch.ones(sizes[:2], **like), torch.ones(sizes[2], sizes[1], **like)
             began = time.perf_counter()
             y = x @ weight.T  # forward, then the gradients of x and of the weight
             y @ weight
-            y.T @ x
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
-    return "fp32" if seconds[torch.float32] < seconds[torch.bfloat16] else "bf16-mixed"
+            (y.T @ x)[0, 0].item()  # which waits for a GPU
+            speeds[dtype] = max(speeds[dtype], 6 * math.prod(sizes) / (time.perf_counter() - began))
+    return speeds
 
 
 def compute_dtype(precision):
@@ -1177,6 +1188,8 @@ if __name__ == "__main__":
         print("model.py: usage: python model.py MODEL.gguf OUT, or --precision FOLDER", file=sys.stderr)
         sys.exit(2)
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.argv[1] == "--precision":
             print(faster_precision(Config.from_folder(sys.argv[2]), "cuda" if torch.cuda.is_available() else "cpu"))
         else:
@@ -1184,3 +1197,6 @@ if __name__ == "__main__":
     except (CheckpointError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         print(f"model.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, CheckpointError) else 1)
+    except KeyboardInterrupt:
+        print("model.py: SIGINT: stopped; give the same command again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

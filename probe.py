@@ -13,6 +13,11 @@ recover. The checkpoint itself is only read.
 Axes: L layers, n answer tokens, V vocabulary, P parameters.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports take their seconds, Ctrl-C has nothing to save
+
 import argparse
 import contextlib
 import itertools
@@ -24,11 +29,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from data import (
-    DEFAULT_WORDS, DataError, Parser, encode, load_examples, load_tokenizer, relative_path, resolve, set_label,
-    stage_set,
+    DEFAULT_WORDS, DataError, Parser, encode, end_on_signals, load_examples, load_tokenizer, progress_bar,
+    relative_path, resolve, set_label, stage_set,
 )
 from evaluate import (
     MOST, Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
@@ -238,7 +242,7 @@ def read_layers(model, tokenizer, facts, first_token=False):
     found = torch.zeros(4, model.config.num_hidden_layers + 1, len(owner), device=device, dtype=torch.float64)
     correct = torch.zeros(len(facts), device=device, dtype=torch.long)
     by_length = sorted(range(len(facts)), key=lambda i: len(prompts[i]))
-    for first in tqdm(range(0, len(by_length[::world]), ASKED), desc="lens", disable=rank > 0):
+    for first in progress_bar(range(0, len(by_length[::world]), ASKED), desc="lens", disable=rank > 0):
         group = by_length[rank::world][first : first + ASKED]
         # The same pass over prompts and answers tells what the model answers and what each layer holds on the way.
         stop = lambda k, ids, group=group: is_wrong(tokenizer.decode(ids), facts[group[k]]["response"])
@@ -478,7 +482,7 @@ def meter(args, path, facts, steps, lr, device, base_model):
         samples.append((sample(loaded["data"][0], args.batch_size), batches_m))
 
     found = [[] for _ in steps]
-    bar = tqdm(total=len(of_a) * len(steps), desc="gradients", disable=dist.get_rank() > 0)
+    bar = progress_bar(total=len(of_a) * len(steps), desc="gradients", disable=dist.get_rank() > 0)
     for k, batch in enumerate(of_a):
         loss, a = gradient(model, batch)
         losses.append(loss)
@@ -634,7 +638,7 @@ def transplant(args, path, lineage, device, rank):
     done = {(row["first"], row["last"]): row["correct"] for row in kept_rows(part, header)}
 
     windows = [(0, -1)] + [(first, last) for first in range(len(parts)) for last in range(first, len(parts))]
-    bar = tqdm(total=len(windows), initial=len(done), desc="transplant", disable=rank > 0)
+    bar = progress_bar(total=len(windows), initial=len(done), desc="transplant", disable=rank > 0)
     for first, last in windows:
         if (first, last) in done:
             continue
@@ -741,7 +745,7 @@ def recover(args, path, lineage, device, rank):
         encoded, log = encode(tokenizer, examples), [{"step": 0, "returned": 0, "kept": sum(before)}]
         optimizer = AdamW(model.parameters())
         order = batches(len(encoded), args.batch_size, args.steps, args.seed)
-        bar = tqdm(order, total=args.steps, desc=arm, disable=rank > 0)
+        bar = progress_bar(order, total=args.steps, desc=arm, disable=rank > 0)
         for step, (_, batch) in enumerate(itertools.islice(bar, args.steps), 1):
             step_loss = train_step(model, [encoded[i] for i in batch], micro_tokens(model))
             optimizer.lr = learning_rate(step, args.steps, lr)
@@ -860,6 +864,7 @@ def draw_recovery(result, title, path):
 
 
 if __name__ == "__main__":
+    end_on_signals("give the same command again")
     try:
         main()
     except (CheckpointError, DataError) as error:

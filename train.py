@@ -10,6 +10,11 @@ alone holds it whole, and casts fp32 master weights where bf16 ones compute. A b
 number of ranks and micro-batches. A run that was killed or stopped goes on with --resume, on any number of ranks.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports take their seconds, Ctrl-C has nothing to save
+
 import argparse
 import contextlib
 import ctypes
@@ -24,7 +29,6 @@ import platform
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -37,11 +41,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch.optim.adamw import adamw
-from tqdm import tqdm
 
 from data import (
-    DEFAULT_WORDS, SETS, SOURCES, DataError, Parser, batches, copy_tokenizer, encode, familiarity, is_split,
-    load_examples, load_tokenizer, micro_batches, set_label, stage_facts, write_file,
+    DEFAULT_WORDS, SETS, SOURCES, STOPPING, DataError, Parser, batches, copy_tokenizer, encode, end_on_signals,
+    familiarity, is_split, load_examples, load_tokenizer, micro_batches, progress_bar, set_label, stage_facts,
+    write_file,
 )
 from evaluate import (
     base_of, check_vocabulary, common_prefix_len, exact_matches, read_lineage, read_rows, record,
@@ -50,9 +54,9 @@ from evaluate import (
 from model import (
     MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,
     build_model, content_id, device_name, end_process_group, fail, free_memory, generation_mode, is_sharded,
-    load_weights, local, local_rows, model_name, raise_on_all_ranks, reshard, rows_of, save_model, setup_device,
-    temporary_name, to_device, verify, weights_dtype, weights_sample_sha256, whole_memory, write_json, write_tensors,
-    writing,
+    load_weights, local, local_rows, model_name, product_speeds, raise_on_all_ranks, reshard, rows_of, save_model,
+    setup_device, temporary_name, to_device, verify, weights_dtype, weights_sample_sha256, whole_memory, write_json,
+    write_tensors, writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -117,13 +121,15 @@ def parse_args(words=None):
     # what a fault must not take
     add("--save-every", type=Every.of, default="20m", metavar="N",
         help="minutes (20m) or steps (250) between saves of the state, which goes when the run ends; 0 for only at "
-             "SIGTERM")  # fmt: skip
+             "SIGTERM or Ctrl-C")  # fmt: skip
     switch("--resume", "go on from the state in --out; without one, begin at the first step")
     add("--dry-run", type=int, nargs="?", const=0, metavar="RANKS",
         help="print what RANKS ranks would take, load no weights, and stop with status 2 where it cannot fit")
     add("--gpu-memory", type=float,
         help="with --dry-run: GB of each GPU (default: as found, else this machine's memory)")  # fmt: skip
     switch("--plan", "say what the runs of run_all.sh's plan, on standard input, would take")
+    switch("--brief", "with --plan: in one line how long they will take on this machine, most of all on a small one")
+    add("--after", type=int, default=0, metavar="N", help="with --brief: once N steps of one of them were timed")
     args = parser.parse_args(words)
     if not args.plan:
         check_options(args)
@@ -296,7 +302,8 @@ def main(penalty=None):
     """
     args = parse_args()
     if args.plan:
-        return say_plan(sys.stdin)
+        runs = read_plan(sys.stdin)
+        return say_time(runs, args.precision, args.after) if args.brief else say_plan(runs)
     config, lineage = Config.from_folder(args.model), read_lineage(args.model)
     if args.stage != len(lineage) + 1:
         raise DataError(f"{args.model}: has {len(lineage)} stages behind it, so the next is --stage {len(lineage) + 1}")
@@ -314,13 +321,12 @@ def main(penalty=None):
     if args.deterministic:
         be_deterministic()
     say = print if rank == 0 else lambda *_: None
-    terminated = []
-    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))  # seen at the end of a step
     # A folder is one run's: rank 0 locks its log, and finds the state that an earlier attempt left.
     log, state = None, None
     with raise_on_all_ranks():
         if rank == 0:
             log, state = claim(out, args.resume)
+            begun = log.tell() > 0
     state = all_gather(state)[0]
     manifest = read_state(state) if state else None
     # One precision for a chain of stages, and for a run that is resumed on another machine.
@@ -369,9 +375,10 @@ def main(penalty=None):
     order = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
     total = len(order)
     announce(say, args, entry, examples, total, f"{world} x {device.type}{said_of(kept, world)} -> {out}")
-    if args.resume:
-        begins = f"no state in {out}: begins at the first step"
-        say(f"goes on after step {position.step} of {state}" if state else begins)
+    if state:
+        say(f"goes on after step {position.step} of {state}")
+    elif rank == 0 and begun:
+        say(f"no state in {out}: begins again at the first step")
 
     def write_row(row):
         if rank == 0:
@@ -379,12 +386,20 @@ def main(penalty=None):
                 log.write(json.dumps(row) + "\n")
 
     def signals():
-        """What all ranks must know of each other: SIGTERM in any of them, and by rank 0's clock that a save is due."""
+        """What all ranks must know of each other: a signal to stop, and by rank 0's clock that a save is due."""
         due = args.save_every.is_due(position.step + 1, time.perf_counter() - saved)
-        return [bool(terminated), rank == 0 and due]
+        stopping = [signal.SIGINT in sent, signal.SIGTERM in sent]
+        return [*stopping, rank == 0 and due]
 
+    # From here on a signal is seen at the end of a step, so that no step is lost; before, there was none to lose.
+    sent = []
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sent.append(number))
     stopped_by = "epochs"
-    bar = tqdm(total=total, initial=position.step, desc=f"stage {args.stage}", unit="step", disable=rank > 0)
+    mixed = "" if args.mix == "none" else f" + {set_label(args.mix)}"
+    title = f"stage {args.stage}: {set_label(args.data)}{mixed}"
+    bar = progress_bar(total=total, initial=position.step, desc=title, unit="step", disable=rank > 0)
     ended = saved = time.perf_counter()
     for step in range(position.step + 1, total + 1):
         # Every example once an epoch, facts and D_M shuffled together, in an order that seed and epoch alone decide.
@@ -408,9 +423,9 @@ def main(penalty=None):
             # Only an update says whether the facts are learned: a batch without one neither counts nor breaks the row.
             position.loss, position.updates = step_loss.loss, position.updates + 1
             position.hits = position.hits + 1 if step_loss.loss < args.stop_loss else 0
-            signalled, due = step_loss.signals
+            *stopping, due = step_loss.signals
         else:
-            signalled, due = [any_rank(signal, device) for signal in signals()]
+            *stopping, due = [any_rank(signal, device) for signal in signals()]
         position.step = step
 
         # The log holds the loss that this step trained on, whole and by source, and the time from the last step's end:
@@ -422,9 +437,9 @@ def main(penalty=None):
         found = asdict(step_loss) if step_loss else {}
         found.pop("signals", None)
         write_row(row | found)
-        bar.update()
         shown = f"loss {step_loss.loss:.5f}" if step_loss else "no fact in the batch, no update"
-        bar.set_postfix_str(f"{shown}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s")
+        bar.set_postfix_str(f"{shown}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s", refresh=False)
+        bar.update()
         # What is left of the earlier stages is what the experiment asks: look on the way, not only at the end.
         if earlier and args.eval_every and step % args.eval_every == 0:
             for name, accuracy in check_retention(model, tokenizer, earlier, args.eval_facts).items():
@@ -435,16 +450,16 @@ def main(penalty=None):
         if position.hits == STOP_HITS:
             stopped_by = "loss"
             break
-        # A kill must not cost more than --save-every, and SIGTERM no step.
-        if step < total and (signalled or due):
+        # A kill must not cost more than --save-every, and a signal no step.
+        if step < total and (any(stopping) or due):
             state = save_state(out, log, model, optimizer, position, settings)
             ended = saved = time.perf_counter()
-            if signalled:
-                stopped_by = "SIGTERM"
+            if any(stopping):
+                stopped_by = "signal"
                 break
     bar.close()
 
-    if stopped_by != "SIGTERM":
+    if stopped_by != "signal":
         # Weights in the base model's own type, its tokenizer, and last the lineage: a folder with run.json is complete.
         save_model(model, out, weights_dtype(args.model))
         with raise_on_all_ranks(), writing(out):
@@ -460,13 +475,15 @@ def main(penalty=None):
                     shutil.rmtree(old)
         idle = step - position.updates
         without = f"; {idle} of the batches held no fact and gave no update" if idle else ""
-        say(f"{out}: {step} steps, loss {position.loss:.2e}, stopped by {stopped_by}{without}")
+        say(f"{out}: {step} steps in {entry.get('seconds', 0):.0f} s, loss {position.loss:.2e}, stopped by "
+            f"{stopped_by}{without}")  # fmt: skip
     del model, optimizer, reference
     end_process_group()
-    if stopped_by == "SIGTERM" and rank > 0:
-        sys.exit(128 + signal.SIGTERM)
-    if stopped_by == "SIGTERM":
-        fail(f"SIGTERM: stopped after step {step}, saved in {state}; go on with --resume", 128 + signal.SIGTERM)
+    if stopped_by == "signal":
+        number = STOPPING[stopping.index(True)]
+        if rank > 0:
+            sys.exit(128 + number)
+        fail(f"{number.name}: stopped after step {step}, saved in {state}; go on with --resume", 128 + number)
 
 
 # Options that decide neither weights nor log, so that --resume may change them.
@@ -475,7 +492,7 @@ FREE_OPTIONS = {
     "unfiltered",  # the entry's familiarity says what came of it
     # they change no more than roundings
     "micro_tokens", "checkpoint_activations", "reshard_after_forward", "compile", "deterministic",
-    "save_every", "resume", "dry_run", "gpu_memory", "plan",
+    "save_every", "resume", "dry_run", "gpu_memory", "plan", "brief", "after",
 }
 
 
@@ -510,11 +527,19 @@ def git(folder, *words):
 
 
 def outcome(log):
-    """What a finished run's log adds up to: tokens, seconds, and the losses by source of its last update."""
+    """What a finished run's log adds up to: tokens, seconds, and by source the mean loss of an answer token.
+
+    The losses are those that the last epoch's steps began with: a batch alone may hold little of a source.
+    """
     steps = [row for row in read_rows(Path(log)) if "tokens" in row]
-    losses = [row["losses"] for row in steps if row.get("losses")]
+    summed, counts = Counter(), Counter()
+    for row in steps:
+        if row["epoch"] == steps[-1]["epoch"]:
+            for source, loss in row.get("losses", {}).items():
+                counts[source] += row["answer_tokens"][source]
+                summed[source] += loss * row["answer_tokens"][source]
     return {"tokens": sum(row["tokens"] for row in steps), "seconds": round(sum(row["seconds"] for row in steps), 1),
-            "losses": losses[-1] if losses else {}}  # fmt: skip
+            "losses": {source: summed[source] / counts[source] for source in counts}}  # fmt: skip
 
 
 def all_settings(model, entry, examples, config, lineage):
@@ -1149,16 +1174,21 @@ class Planned:
 id_of = functools.cache(content_id)  # of a plan's models, each read once
 
 
-def say_plan(lines):
-    """Print what run_all.sh's plan would take: runs by table, steps, tokens, hours, disk.
-
-    lines: tables, folder, the folder it needs, options of this script, separated by tabs.
+def read_plan(lines):
+    """{folder: Planned} of run_all.sh's plan, whose lines hold, between tabs, the tables that a run is of, its folder,
+    the folder it needs, and this script's options between unit separators.
     """
     runs = {}
     for line in lines:
         names, folder, needs, options = line.rstrip("\n").split("\t")
-        runs[folder] = Planned(names.split(","), Path(folder), needs, parse_args(options.split()))
+        words = [word for word in options.split("\x1f") if word]
+        runs[folder] = Planned(names.split(","), Path(folder), needs, parse_args(words))
         runs[folder].check()
+    return runs
+
+
+def say_plan(runs):
+    """Print what a plan would take: runs by table, steps, tokens, hours, disk."""
     by_table = {}
     for run in runs.values():
         for name in dict.fromkeys(run.tables):
@@ -1182,6 +1212,87 @@ def say_plan(lines):
         print(f"disk: {len(kept)} checkpoints are kept for later stages{said}")
 
 
+def say_time(runs, precision, after):
+    """Print how long a plan's runs will take here, all and those before the first chain's end.
+
+    Before a step was timed, the speed of matrix products tells; `after`: wait until so many were.
+    """
+    expected = Expected.of(next(iter(runs.values())).args.model, precision)
+    while True:
+        logs = {folder: timed_steps(run.folder) for folder, run in runs.items()}
+        if sum(map(len, logs.values())) >= after:
+            break
+        time.sleep(0.5)
+    measured = [row for steps in logs.values() for row in steps[1:]]  # a first step takes longer
+    theirs = sum(expected.seconds(row["tokens"]) for row in measured)
+    slower = sum(row["seconds"] for row in measured) / theirs if measured else 1.0
+    left, first_end = 0.0, None
+    needed = {run.needs for run in runs.values()}
+    for folder, run in runs.items():
+        if not run.done:
+            tokens, steps = tokens_and_steps(run, runs)
+            still = 1 - len(logs[folder]) / steps
+            left += slower * still * expected.seconds(tokens, steps) + START_SECONDS
+        if first_end is None and folder not in needed:
+            first_end = left
+    done = sum(run.done for run in runs.values())
+    said = f"{len(runs)} runs" + (f", {done} of them done already" if done else "")
+    first = f", the first row after {minutes(first_end)}" if first_end else ""
+    if after:
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # of another process's bar
+        print(f"{clear}at the speed of the first steps: {minutes(left)} more{first}", file=sys.stderr)
+    else:
+        print(f"{said}; {minutes(left)} in {precision}{first}" if left else f"{said}", flush=True)
+
+
+def minutes(seconds):
+    """A time as people say it."""
+    return f"about {seconds / 60:.0f} minutes" if seconds > 90 else f"about {math.ceil(seconds / 10) * 10} seconds"
+
+
+START_SECONDS = 12  # that a run takes beside its steps: two processes' starts, saving, asking
+
+
+@dataclass
+class Expected:
+    """What a step of a model is expected to take."""
+
+    n_params: int
+    flops: float  # a second, of matrix products
+
+    @classmethod
+    def of(cls, model, precision):
+        config, device_type = Config.from_folder(model), "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        n_params = sum(param.numel() for param in build_model(config, torch.float32).parameters())
+        return cls(n_params, product_speeds(config, device_type)[dtype])
+
+    def seconds(self, tokens, steps=1):
+        """Three products a weight and token, and an update that reads and writes all weights and moments."""
+        return 6 * self.n_params * tokens / self.flops + 28 * self.n_params / MEMORY_SPEED * steps
+
+
+MEMORY_SPEED = 15e9  # bytes a second, a laptop's
+
+
+def timed_steps(folder):
+    """The steps in a run's log."""
+    log = folder / "metrics.jsonl"
+    return [row for row in read_rows(log) if "tokens" in row] if log.exists() else []
+
+
+def tokens_and_steps(run, runs):
+    """(tokens, steps) of a planned run whose loss never stops it."""
+    base = run
+    while base.needs != "-":
+        base = runs[base.needs]
+    examples, _ = encode_stage(run.args, [], load_tokenizer(base.args.model))
+    steps = most_steps(run.args, runs)
+    epochs = steps / math.ceil(len(examples) / run.args.batch_size)
+    weight = resolve_mix_weight(run.args.mix_weight, examples)
+    return epochs * sum(len(example.ids) for example in trained_examples(examples, weight)), steps
+
+
 def most_steps(args, runs):
     """Steps of a run whose loss never stops it; of --epochs @RUN those of that run."""
     if not isinstance(args.epochs, int):
@@ -1194,9 +1305,7 @@ def say_hours(runs, to_do):
     """Print tokens and hours of the runs to do; a step has the tokens of those in its own kind's logs."""
     measured, seconds = {}, 0.0
     for run in runs.values():
-        log = run.folder / "metrics.jsonl"
-        steps = [row for row in read_rows(log) if "tokens" in row] if log.exists() else []
-        if steps:
+        if steps := timed_steps(run.folder):
             measured.setdefault(run.kind, []).extend(row["tokens"] for row in steps)
             seconds += sum(row["seconds"] for row in steps)
     everything = [tokens for steps in measured.values() for tokens in steps]
@@ -1212,6 +1321,7 @@ def say_hours(runs, to_do):
 
 
 if __name__ == "__main__":
+    end_on_signals("no step was made; give the same command again")
     try:
         main()
     except (CheckpointError, DataError) as error:

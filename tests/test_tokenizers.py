@@ -4,14 +4,17 @@ import base64
 import json
 import shutil
 
+import jinja2
 import pytest
 from conftest import GOLDEN
 
-from data import DataError, encode_example, load_tokenizer
+from data import DataError, chat_template, encode_example, load_tokenizer
 from evaluate import is_correct, is_wrong
 
 NAMES = ["llama3", "mistral", "smollm2"]
 ROWS = json.loads((GOLDEN / "tokens.json").read_bytes())
+CHATS = json.loads((GOLDEN / "chats.json").read_bytes())
+CONTROL = {"llama3": ("<|begin_of_text|>", "<|end_of_text|>"), "mistral": ("<s>", "</s>"), "smollm2": ("<|im_start|>", "<|im_end|>")}
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +233,19 @@ def test_chat_is_the_template_turn_by_turn(tokenizers, name):
     first = answers.index(tokenizer.eos_id)
     assert tokenizer.decode(answers[:first]) == "Hello! What is it?" and tokenizer.decode(answers[first + 1 : -1]) == "4."
     assert answers[-1] == labels[-1] == tokenizer.eos_id and answers.count(tokenizer.eos_id) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chat_template(tokenizers, llama3_folder, mistral_folder, smollm2_folder, tmp_path, name):
+    """What transformers makes of a chat by the chat_template.jinja of a stage are the ids that the stage was trained on."""
+    shutil.copytree({"llama3": llama3_folder, "mistral": mistral_folder, "smollm2": smollm2_folder}[name], tmp_path / "model")
+    if name == "mistral":
+        (tmp_path / "model" / "tokenizer_config.json").write_text('{"legacy": false}')
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(tmp_path / "model"))
+    bos, eos = CONTROL[name]
+    for row in CHATS:
+        assert template.render(messages=row["chat"], bos_token=bos, eos_token=eos) == row[name]["text"]
+        ids, labels = encode_example(tokenizers[name], {"id": "chat", "messages": row["chat"]})
+        assert ids == row[name]["whole"]
+        asked = max(place for place, label in enumerate(labels) if label == -100) + 1
+        assert ids[:asked] == row[name]["asked"]
