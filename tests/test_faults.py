@@ -202,15 +202,16 @@ def test_sigterm(work):
     assert not (work / "terminated/run.json").exists()
 
 
-def test_sigterm_loses_no_step(work, server, unbroken):
-    """A run stopped by SIGTERM has status 143, no state but that of its last step, and ends after --resume as if nothing had happened."""
-    out = work / "stopped"
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_lose_no_step(work, server, unbroken, sent, status):
+    """A run stopped by SIGTERM or Ctrl-C has no state but that of its last step, and ends after --resume as if nothing had happened."""
+    out = work / sent.name
     processes = start(server, work, *TRAIN, "--save-every", 0, "--out", out)
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
         time.sleep(0.001)
-    processes[0].terminate()
+    os.kill(processes[0].pid, sent)
     statuses, output = finish(processes, work)
-    assert statuses == [143], output
+    assert statuses == [status] and f"{sent.name}: stopped after step" in output and "Traceback" not in output, output
     statuses, output = train(server, work, *TRAIN, "--save-every", 0, "--out", out, "--resume")
     assert statuses == [0] and "goes on after step" in output
     assert outcome(out) == unbroken[1]

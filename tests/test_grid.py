@@ -18,7 +18,7 @@ from model import content_id
 
 RUNS = Path("runs/tiny")
 FIGURES = [f"figure{i}" for i in (2, 4, 5, 6, 7, 8, 9, 10, 11, 12)] + ["forgetting"]
-TRAINED = r"(runs/\S+): \d+ steps, loss"  # what train.py prints at its end
+TRAINED = r"(runs/\S+): \d+ steps in \d+ s, loss"  # what train.py prints at its end
 TINY = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}  # 5,000 parameters
 
 HITS = [(os.killpg, signal.SIGKILL, [-9]), (os.killpg, signal.SIGINT, [130, -2]), (os.kill, signal.SIGKILL, [-9])]  # -2: before its trap is set

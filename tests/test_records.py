@@ -86,8 +86,9 @@ def test_two_stages_of_one_name(runs):
     checked = {row["data"] for row in map(json.loads, open(runs / "one/two/metrics.jsonl")) if "accuracy" in row}
     assert checked == {"facts"}
     text = run(runs.parent, "evaluate.py", "--tables", "runs").stdout
+    losses = " / ".join(f"{entry['losses']['own']:.4f}" for entry in lineage)
     assert f"tiny, facts, then {second}: exact match in %" in text
-    assert f"| No Mixing | 240 + 120 | 100.0 | {scores['facts']['accuracy']:.1f} | {scores[second]['accuracy']:.1f} | 1 |" in text
+    assert f"| No Mixing | 240 + 120 | {losses} | 100.0 | {scores['facts']['accuracy']:.1f} | {scores[second]['accuracy']:.1f} | 1 |" in text
 
 
 def test_what_was_forgotten(runs):

@@ -136,7 +136,7 @@ def test_a_cell_is_of_one_kind(grid):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
     file.write_text(json.dumps([lineage[0], lineage[1] | {"lr": 1e-5, "tag": "slower"}]))
     text = tables(grid)
-    assert "| - / K-Pile | <sub>0.8</sub> | 25.0 <sub>40.0</sub> |" in text and "| - / k-pile (- / slower) | 4 + 4 |  | 75.0 |" in text
+    assert "| - / K-Pile | <sub>0.8</sub> | 25.0 <sub>40.0</sub> |" in text and "| - / k-pile (- / slower) | 4 + 4 | - / - |  | 75.0 |" in text
 
 
 def test_equal_runs(grid):
@@ -180,12 +180,25 @@ def test_tags_that_name_settings(grid):
         put_cell(grid, "none", "gsm8k", {0: [1, 0, 0, 0]}, tag="lr", lr=lr)
         (grid / "none-gsm8k-0").rename(grid / f"{lr}")
     text = tables(grid)
-    assert "| No Mixing (- / lr 0.0001) | 4 + 4 | 100.0 | 25.0 |" in text and "| No Mixing (- / lr 0.001) |" in text
+    assert "| No Mixing (- / lr 0.0001) | 4 + 4 | - / - | 100.0 | 25.0 |" in text and "| No Mixing (- / lr 0.001) |" in text
     for penalty in (None, "l2"):
         put_cell(grid, "none", "math", {0: [1, 0, 0, 0]}, tag="penalty", penalty=penalty)
         (grid / "none-math-0").rename(grid / f"{penalty}")
     text = tables(grid)
     assert "| No Mixing (- / penalty) |" in text and "| No Mixing (- / penalty l2) |" in text
+
+
+def test_controls(tmp_path):
+    """A mix and the same batches without its rows: the last line compares the two means as the table shows them."""
+    for seed, kept, without in ((0, [1, 1, 1], [1, 0, 0]), (1, [1, 1, 0], [0, 1, 0])):
+        for weight, right in ((1.0, kept), (0.0, without)):
+            model = {"base_model_name": "small", "base_model_sha256": "fedcba9876543210"}
+            first = entry("kvr", 3, seed, mix="random", mix_weight=weight, losses={"own": 0.001 * (1 + seed)}, **model)
+            put(tmp_path / f"{weight} {seed}", [first], [1, 1, 1])
+            put(tmp_path / f"{weight} {seed} then", [first, entry("bios", 3, seed, losses={"own": 0.01}, **model)], right, "kvr")
+    text = tables(tmp_path)
+    assert "| random / - | 4 + 4 | 0.0015 / 0.0100 | 100.0 ± 0.0 | 83.3 ± 23.6 |" in text
+    assert text.endswith("\n\nrandom / - keeps 83.3% of kvr, its control random of weight 0 / - 33.3%: 50.0 points more.\n")
 
 
 def test_what_runs_were_made_with(grid):
