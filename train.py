@@ -7,7 +7,28 @@
 
 Defaults are the paper's (appendix B.4). One path for any number of ranks: FSDP2 shards the model over several; one
 alone holds it whole, and casts fp32 master weights where bf16 ones compute. A batch gives the same step whatever the
-number of ranks and micro-batches. A run that was killed or stopped goes on with --resume, on any number of ranks.
+number of ranks and micro-batches. A run that was killed or stopped goes on with --resume, on any number of ranks;
+without a state it begins at the first step, so a script can always give it.
+
+--out is a complete checkpoint: config.json, safetensors and manifest.json with their sha256, the base model's tokenizer
+files, chat_template.jinja, metrics.jsonl (a line a step: losses by source, learning rate, gradient norm, tokens,
+seconds; and the retention checks), and last run.json: an entry a stage with every setting and what came of it. Until
+then state-STEP holds weights, moments, position and settings, a file a rank. Folders' names mean nothing.
+
+Several machines share one file system; GLOO_SOCKET_IFNAME names the network between them. With Slurm, --requeue covers
+preemption and the trap the time limit:
+
+    #!/bin/bash
+    #SBATCH --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --cpus-per-task 64 --time 4:00:00
+    #SBATCH --signal B:USR1@300 --requeue --open-mode append
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280  # seconds that torchrun, from torch 2.13 on, leaves its ranks to save
+    trap 'stopped=yes; scancel --signal TERM "$SLURM_JOB_ID"' USR1  # before the time limit: the ranks save their state
+    host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
+    srun torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" \\
+      --rdzv_endpoint "$host:29500" train.py --stage 1 --mix random --resume &
+    wait $!; status=$?
+    [ -z "$stopped" ] || { wait $!; scontrol requeue "$SLURM_JOB_ID"; }
+    exit $status
 """
 
 import signal

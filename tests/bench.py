@@ -5,6 +5,9 @@
 
 Both sides take turns, at least five times, and every turn gives one ratio: machines are shared, so only ratios count. Printed are
 their median and range. The work: SmolLM2-135M-Instruct (bash run_all.sh --demo-model), KVR with its 1:2 mixes, batch 32.
+
+`growth` shows that time and memory grow no faster than the arithmetic. Seen on two cores: 16 times the examples took 3.5 times the
+time and 3.2 times the memory, 6 times the layers (3.8 in arithmetic) 3.7 and 1.9, texts of 64 times the tokens (87.3) 59.4 and 8.1.
 """
 
 import argparse

@@ -18,6 +18,14 @@ What the checks show and do not show: one rank under NCCL runs NCCL's set-up and
 reductions where a rank is alone, so "FSDP, one rank" is about its hooks and DTensors. Two ranks on one GPU gather and reduce, through
 gloo where NCCL refuses to share a GPU, so NCCL's own gathers run on none of them. The plan's fake group of 8 moves no byte: its times
 are without communication (its gathers copy the local rows eight times), its memory is that of a true group but for NCCL's buffers.
+
+One NVIDIA H200 has run it (torch 2.11.0, Python 3.12.3, commit 26e5843, before weights were gathered once, ranks balanced and texts
+packed): all 16 checks of `correct` passed (golden logits 1.2e-05 to 2.6e-05 away, SmolLM2's 5.2e-05 up to position 4,099, three
+steps beside a CPU's 1.8e-05, two ranks against one 1.2e-06, SIGTERM and --resume to the bit). 8B, a rank of 8: planned 33.9 GB and
+allocated 29.1, recomputed 24.4 and 21.9, steps of 313 and 452 ms; a new shape of a batch cost cuDNN's attention 95 ms (left out since:
+FAIL). Speed beside transformers': a step 0.57 and 0.61 in micro-batches of 8,192 and 16,384, compiled 0.95 and 1.57, without cuDNN
+0.57 and 1.29; 2,000 answers 0.66, verdicts alone 5.56 (FAIL). KVR's 2,000 facts were learned to 100% in 1,260 steps; the other two
+arms found no time.
 """
 
 import argparse
