@@ -7,7 +7,7 @@
 #   bash run_all.sh --tiny          the same grid on models/tiny with one set of each kind, as the tests run it in a minute
 #   bash run_all.sh --demo          memorize, interfere, measure: a small real model on any machine, in minutes
 #   bash run_all.sh --demo FILE     the same with facts of your own, 8 to 500 in any form that data.py reads
-#   bash run_all.sh --demo full     more facts, and two rows more: longer training, generic text at stage 2
+#   bash run_all.sh --demo full     more facts, and three rows more: longer training, generic text at stage 2
 #   bash run_all.sh --demo-model    only fetch and convert the demo's model
 #
 # The grid's options: --only TABLE (table1 ... figure11), --shard i/n (i from 0; a SLURM array's task otherwise), --seeds "0 1 2",
@@ -107,10 +107,11 @@ demo_grid() {
 
 # own_facts FILE: the demo's facts are a file's, in a folder of runs that belongs to its content.
 own_facts() {
-  local content made
+  local content made name
   [ -f "$1" ] || { echo "run_all.sh: $1: no such file; give one with facts, 8 to 500 of them" >&2; exit 2; }
   content=$(sha256sum < "$1")
-  runs=$runs-$(basename "${1%%.*}")-${content:0:8}
+  name=$(basename "$1")
+  runs=$runs-${name%%.*}-${content:0:8}
   made=$("$python" "$code/data.py" "$1" --facts 8 500 --out "$runs/data") || exit
   echo "$made"
   [[ $made =~ ^(.*\.jsonl):\ ([0-9]+)\ examples ]] && facts=${BASH_REMATCH[1]} n_facts=${BASH_REMATCH[2]}
@@ -119,8 +120,8 @@ own_facts() {
 # announce: one line first that says what comes and how long it takes, and a second once the first steps were timed.
 announce() {
   local time=("$python" "$code/train.py" --plan --brief $precision)
-  echo -n "SmolLM2-135M-Instruct learns $n_facts facts of $(basename "$facts" .jsonl), then others about made-up people: "
-  "${time[@]}" < "$tmp/plan" & wait $!
+  "${time[@]}" < "$tmp/plan" > "$tmp/time" & wait $!
+  echo "SmolLM2-135M-Instruct learns $n_facts facts of $(basename "$facts" .jsonl), then others about made-up people: $(< "$tmp/time")"
   compgen -G "$runs/*/metrics.jsonl" > /dev/null || "${time[@]}" --after 5 < "$tmp/plan" &
 }
 

@@ -381,7 +381,8 @@ def main(penalty=None):
         position.made_with.append(made)
     load, room = measure_load(args, examples, micro_tokens, world), min(all_gather(whole_memory(device)))
     kept, taken = choose_kept(args, config, load, world, device.type == "cuda", room)
-    if device.type == "cpu" and 2 * sum(taken.values()) < room:
+    keeps_freed = device.type == "cpu" and 2 * sum(taken.values()) < room
+    if keeps_freed:
         keep_freed_memory()
     model = build_sharded(config, device, args.precision, kept, args.compile)
     optimizer = AdamW(model.parameters())
@@ -461,6 +462,8 @@ def main(penalty=None):
         shown = f"loss {step_loss.loss:.5f}" if step_loss else "no fact in the batch, no update"
         bar.set_postfix_str(f"{shown}, lr {optimizer.lr:.2e}, {tokens / seconds:.0f} tokens/s", refresh=False)
         bar.update()
+        if keeps_freed and step % 10 == 0:
+            give_back_freed_memory()
         # What is left of the earlier stages is what the experiment asks: look on the way, not only at the end.
         if earlier and args.eval_every and step % args.eval_every == 0:
             for name, accuracy in check_retention(model, tokenizer, earlier, args.eval_facts).items():
@@ -790,12 +793,19 @@ def use_large_pages():
 def keep_freed_memory():
     """Have glibc keep what is freed between steps, which the kernel would zero again: a tenth of a CPU step.
 
-    It leaves gaps: of two ranks with a block of 7B's sizes each took half as much again.
+    It leaves gaps, which grow: of two ranks with a block of 7B's sizes each took half as much again.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def give_back_freed_memory():
+    """Have glibc give all of it back after all: at every tenth step that costs a hundredth, and no gap grows large."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def be_deterministic():
