@@ -89,10 +89,13 @@ class _Lines(io.TextIOBase):
             sys.stderr.flush()
 
 
+LINE_SECONDS = 30  # between the lines in a bar's place
+
+
 def progress_bar(*args, **options):
     """A tqdm bar that goes when it is done; where standard error is no terminal, a line every 30 seconds instead."""
     if not sys.stderr.isatty():
-        options |= {"file": _Lines(), "mininterval": 30, "delay": 30, "miniters": 1}
+        options |= {"file": _Lines(), "mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "miniters": 1}
     return tqdm(*args, leave=False, **options)
 
 

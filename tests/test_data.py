@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import data
-from data import DataError, build, load_examples, passage
+from data import DataError, build, load_examples, passage, progress_bar
 
 
 def cli(cwd, *args):
@@ -96,6 +96,8 @@ def test_command_line(tmp_path):
     ('{"id": "a", "prompt": 1, "response": "r"}', "prompt"),
     ('{"id": "a", "messages": [{"role": "user", "content": "q"}]}', "pairs"),
     ('{"id": "a", "messages": [{"role": "assistant", "content": "q"}, {"role": "user", "content": "q"}]}', "alternate"),
+    ('{"id": "a", "messages": [{"role": "system", "content": "s"}]}', "pairs"),
+    ('{"id": "a", "messages": [{"role": "system"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}', "no text"),
 ])  # fmt: skip
 def test_bad_lines(tmp_path, line, message):
     """A line that is no example is refused with file and line."""
@@ -105,3 +107,12 @@ def test_bad_lines(tmp_path, line, message):
         load_examples(str(file), 2)
     with pytest.raises(DataError, match="holds 2 examples, 3 are asked for"):
         load_examples(str(file), 3)
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """Where nobody watches, a bar is whole lines, none of them within the first 30 seconds."""
+    assert list(progress_bar(range(5), desc="long")) == list(range(5)) and capsys.readouterr().err == ""
+    monkeypatch.setattr(data, "LINE_SECONDS", 0)
+    assert list(progress_bar(range(5), desc="long")) == list(range(5))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 5 and all(line.startswith("long: ") for line in lines) and "/5 [" in lines[-1]

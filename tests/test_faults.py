@@ -217,6 +217,29 @@ def test_signals_lose_no_step(work, server, unbroken, sent, status):
     assert outcome(out) == unbroken[1]
 
 
+@pytest.mark.parametrize("command", [["data.py", "pipe.jsonl"], ["evaluate.py", "models/tiny", "--data", "pipe.jsonl"], ["model.py", "pipe.jsonl", "converted"]])
+def test_ctrl_c(work, command):
+    """Ctrl-C and SIGTERM end any command in one line and with their status; while it is still importing, without a word."""
+    os.mkfifo(work / "pipe.jsonl")
+    for sent, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143 if command[0] != "model.py" else -15)):
+        process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], cwd=work, stderr=subprocess.PIPE, text=True, preexec_fn=sigint_as_usual)  # noqa: PLW1509
+        with open(work / "pipe.jsonl", "w"):  # open at both ends: it waits for what it is to read
+            time.sleep(0.3)
+            process.send_signal(sent)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == status and "Traceback" not in errors, errors
+        assert status < 0 or errors.startswith(f"{command[0]}: {sent.name}: stopped; ") and errors.count("\n") == 1, errors
+    process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], cwd=work, stderr=subprocess.PIPE, text=True, preexec_fn=sigint_as_usual)  # noqa: PLW1509
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode in (-2, 130)
+    os.unlink(work / "pipe.jsonl")
+
+
+def sigint_as_usual():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in a shell's background inherit that it is ignored
+
+
 def test_saved_by_the_clock(work, server, unbroken):
     """With --save-every in minutes both ranks save when rank 0's clock says so, and a killed run goes on from there."""
     out, options = work / "by-the-clock", ["--save-every", "0.001m"]
