@@ -58,6 +58,10 @@ class DataError(ValueError):
     """Data or settings that cannot be used as they are; the message is one line that says what is wrong and what to do."""
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+UNFINISHED = set()  # temporary files that are being written
+
+
 def end_on_signals(advice):
     """Have Ctrl-C and SIGTERM end this process in one line that ends in the advice, with nothing left half-written.
 
@@ -66,18 +70,26 @@ def end_on_signals(advice):
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
 
     def end(number, _):
-        signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the first's cleaning up
-        # Not print: the signal may have come in the middle of one.
+        # No exception: PyTorch turns one that comes in the middle of it into others. No print: it may come in one.
         line = f"{Path(sys.argv[0]).name}: {signal.Signals(number).name}: stopped; {advice}\n"
         os.write(2, ("\n" + line if os.isatty(2) else line).encode())  # below a bar that may stand there
-        sys.exit(128 + number)
+        for path in list(UNFINISHED):
+            path.unlink(missing_ok=True)
+        end_by(number)
 
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background have it
             signal.signal(number, end if alone else signal.SIG_DFL)
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+def end_by(number):
+    """End this process with a signal's status; by an interrupt really, for only that ends a shell's loop as well."""
+    with contextlib.suppress(RuntimeError, OSError):  # within a print, or nobody reads
+        sys.stdout.flush()
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    os._exit(128 + number)
 
 
 class _Lines(io.TextIOBase):
@@ -117,17 +129,19 @@ def write_file(path, content):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    UNFINISHED.add(temporary)
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:  # a full disk, or a signal that ends the process
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # what Python raises on a full disk names nothing
+        error.filename = str(path)  # what Python raises on a full disk names nothing
         raise
+    finally:
+        UNFINISHED.discard(temporary)
 
 
 def json_line(row):
@@ -354,30 +368,30 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "t
                    "added_tokens.json", "original/tokenizer.model"]  # fmt: skip
 
 
-def copy_tokenizer(source, target):
+def copy_tokenizer(source, target, template):
     """Copy a checkpoint folder's tokenizer files, byte for byte, so that what is trained from it can be loaded alone.
 
-    Beside them chat_template.jinja tells transformers and servers how the model was trained to be asked.
+    Beside them chat_template.jinja, as chat_template has it, tells how the model was trained to be asked.
     """
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
             write_file(Path(target) / name, (Path(source) / name).read_bytes())
-    write_file(Path(target) / "chat_template.jinja", chat_template(source))
+    write_file(Path(target) / "chat_template.jinja", template)
 
 
 # ---------------------------------------------------------------- template
 
 
-def chat_template(path):
-    """encode_example's template for a folder's tokenizer, as transformers and servers read it (jinja).
+def chat_template(tokenizer, path):
+    """encode_example's template for the tokenizer of a folder, as transformers and servers read it (jinja).
 
     SentencePiece begins a text with a space, behind bos too. transformers does so in a chat only where the tokenizer's
     settings say legacy, and then before each turn: one turn has the ids of training, several have not.
     """
     config = Path(path) / "tokenizer_config.json"
-    legacy = not config.exists() or _read_json(config).get("legacy", True)
-    begins = isinstance(load_tokenizer(path), SentencePieceTokenizer) and not legacy
-    return CHAT_TEMPLATE.replace("bos_token or ''", "bos_token + ' '") if begins else CHAT_TEMPLATE
+    if isinstance(tokenizer, SentencePieceTokenizer) and config.exists() and _read_json(config).get("legacy") is False:
+        return CHAT_TEMPLATE.replace("bos_token or ''", "bos_token + ' '")
+    return CHAT_TEMPLATE
 
 
 CHAT_TEMPLATE = """\
@@ -404,7 +418,8 @@ def encode_example(tokenizer, example, max_length=2048):
     so that what a model is asked later is exactly what it was trained on.
     """
     ids, labels = [tokenizer.bos_id], [-100]
-    before = "".join(f"<|system|>\n{text}\n" for text in system(example))
+    told = system(example)
+    before = "" if told is None else f"<|system|>\n{told}\n"
     for prompt, response in turns(example):
         asked = tokenizer.encode(f"{before}<|user|>\n{prompt}\n<|assistant|>\n", continues=len(ids) > 1)
         answer = tokenizer.encode(response, continues=True) + [tokenizer.eos_id]
@@ -438,14 +453,15 @@ def encode(tokenizer, examples, source="own", max_length=2048):
 
 
 def system(example):
-    """[the text that a chat begins with, of neither side] or []."""
-    return [message["content"] for message in example.get("messages", [])[:1] if message["role"] == "system"]
+    """The text that a chat begins with, of neither side; None where it has none."""
+    first = example.get("messages", [{"role": None}])[0]
+    return first["content"] if first["role"] == "system" else None
 
 
 def turns(example):
     """[(prompt, response), ...] of an example of either form."""
     if "messages" in example:
-        texts = [message["content"] for message in example["messages"][len(system(example)) :]]
+        texts = [message["content"] for message in example["messages"] if message["role"] != "system"]
         return list(zip(texts[::2], texts[1::2]))
     return [(example["prompt"], example["response"])]
 

@@ -1012,7 +1012,7 @@ def chains_table(grid, cells, starts):
             heading = above
             titles = [f"{first} after stage 1", f"{first} at the end", f"{last} at the end"]
             columns = " | ".join(title.replace("|", r"\|") for title in titles)
-            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | loss of the facts | {columns} | runs |"]
+            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | loss at stage 1 / 2 | {columns} | runs |"]
             lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
         # Runs that share a first stage have one figure of it.
         begun = {record(run.lineage[:1]): after_stage_1(run, starts) for run in runs}
@@ -1024,31 +1024,24 @@ def chains_table(grid, cells, starts):
     return lines
 
 
-def controls(cells):
+def controls(grid):
     """A line for each chain of which there is the control too: the same batches with the mix's rows taken out.
 
     It compares what the two rows of the table show.
     """
     lines = []
-    for stages, cell in sorted(cells.items()):
-        if len(stages) == 1:
-            continue
+    for stages, cell in sorted(grid.cells.items()):
         mixed = tuple(dataclasses.replace(stage, mix_weight="1") for stage in stages)
-        if mixed == stages or mixed not in cells or {stage.mix_weight for stage in stages} - {"0", "1"}:
+        if len(stages) == 1 or mixed == stages or {stage.mix_weight for stage in stages} - {"0", "1"}:
             continue
         name = set_names(next(iter(cell.values())).lineage)[0]
-        kept, without = (shown_mean(cells[row], name) for row in (mixed, stages))
-        if kept is not None and without is not None:
+        found = [accuracies(grid, row, name) for row in (mixed, stages)]
+        if found[0] and found[0].keys() == found[1].keys():
+            kept, without = (round(statistics.mean(scores.values()), 1) for scores in found)
             points = f"{abs(kept - without):.1f} points {'more' if kept > without else 'less'}"
             lines.append(f"{label_of(mixed)} keeps {kept}% of {name}, its control {label_of(stages)} {without}%: "
                          f"{points if kept != without else 'as much'}.")  # fmt: skip
     return lines
-
-
-def shown_mean(cell, data):
-    """The mean accuracy of a cell's runs on a set, as a table rounds it; None where they were not asked."""
-    scores = [run.score(data)[1]["accuracy"] for run in cell.values() if run.score(data)]
-    return round(statistics.mean(scores), 1) if scores else None
 
 
 def after_stage_1(run, starts):
@@ -1065,7 +1058,7 @@ def mean_steps(runs):
 
 
 def mean_losses(runs):
-    """Of an answer token of each stage's own facts in its last epoch, the mean over seeds."""
+    """Of a token of each stage's own answers in its last epoch, the mean over seeds."""
     texts = []
     for of_stage in zip(*[run.lineage for run in runs]):
         losses = [entry["losses"]["own"] for entry in of_stage if "own" in entry["losses"]]
@@ -1119,7 +1112,7 @@ def tables(folder):
             if asked and len(stages) > 1 and stages not in shown:
                 rest[stages] = asked
         lines += chains_table(grid, rest, starts)
-        compared += controls(grid.cells)
+        compared += controls(grid)
         if rest and not layout.first:
             images += [draw_retention(rest, starts, folder / f"retention-{grid.name}.png")]
         lines += ["", *[f"![{Path(name).stem}]({quote(name)})" for name in images]]

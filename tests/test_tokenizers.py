@@ -241,7 +241,7 @@ def test_chat_template(tokenizers, llama3_folder, mistral_folder, smollm2_folder
     shutil.copytree({"llama3": llama3_folder, "mistral": mistral_folder, "smollm2": smollm2_folder}[name], tmp_path / "model")
     if name == "mistral":
         (tmp_path / "model" / "tokenizer_config.json").write_text('{"legacy": false}')
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(tmp_path / "model"))
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(tokenizers[name], tmp_path / "model"))
     bos, eos = CONTROL[name]
     for row in CHATS:
         assert template.render(messages=row["chat"], bos_token=bos, eos_token=eos) == row[name]["text"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from data import copy_tokenizer
+from data import chat_template, copy_tokenizer, load_tokenizer
 
 CHATS = [
     [("user", "The value of key e6395973 is?"), ("assistant", "p7xk2q9z")],
@@ -28,7 +28,7 @@ rows = [{"chat": [{"role": role, "content": text} for role, text in chat]} for c
 for name, folder in zip(["llama3", "mistral", "smollm2"], sys.argv[1:]):
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
-        copy_tokenizer(folder, copy)
+        copy_tokenizer(folder, copy, chat_template(load_tokenizer(folder), folder))
         tokenizer = AutoTokenizer.from_pretrained(copy)
     for row in rows:
         ids = {"asked": tokenizer.apply_chat_template(row["chat"][:-1], add_generation_prompt=True, return_dict=False)}
