@@ -1541,15 +1541,15 @@ def check_example(example):
         messages = example["messages"]
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise BadRow('"messages" is not a list of pairs of messages')
-        told = messages[:1] if messages and messages[0].get("role") == "system" else []
-        said = messages[len(told) :]
-        if not said or len(said) % 2:
+        if messages and messages[0].get("role") == "system":
+            if not isinstance(messages[0].get("content"), str):
+                raise BadRow("the system's message has no text")
+            messages = messages[1:]
+        if not messages or len(messages) % 2:
             raise BadRow('"messages" is not a list of pairs of messages')
-        if [message.get("role") for message in said] != ["user", "assistant"] * (len(said) // 2):
+        if [message.get("role") for message in messages] != ["user", "assistant"] * (len(messages) // 2):
             raise BadRow("messages do not alternate between user and assistant")
-        if told and not isinstance(told[0].get("content"), str):
-            raise BadRow("the system's message has no text")
-        texts = [message.get("content") for message in said]
+        texts = [message.get("content") for message in messages]
     else:
         texts = [example.get("prompt"), example.get("response")]
     if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1::2]):

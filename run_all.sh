@@ -121,12 +121,15 @@ demo_grid() {
 
 # own_facts FILE: the demo's facts are a file's, in a folder of runs that belongs to its content.
 own_facts() {
-  local content made name
+  local content made name status
   [ -f "$1" ] && [ -r "$1" ] || { echo "run_all.sh: $1: no such file, or not to be read; give one with facts, 8 to 500 of them" >&2; exit 2; }
   content=$(sha256sum < "$1")
   name=$(basename "$1")
   [ "$runs" != "runs/$grid" ] || runs=$runs-${name%%.*}-${content:0:8}
-  "$python" "$code/data.py" "$1" --facts 8 500 --out "$runs/data" > "$tmp/made" & wait $! || { [ -e "$runs/log" ] || rm -rf "$runs"; exit 2; }
+  # First where a refusal leaves nothing behind.
+  for name in "$tmp/data" "$runs/data"; do
+    "$python" "$code/data.py" "$1" --facts 8 500 --out "$name" > "$tmp/made" & wait $! || { status=$?; exit $status; }
+  done
   made=$(< "$tmp/made")
   echo "$made"
   [[ $made =~ ^(.*\.jsonl):\ ([0-9]+)\ examples ]] && facts=${BASH_REMATCH[1]} n_facts=${BASH_REMATCH[2]}

@@ -55,7 +55,10 @@ def become(connection):
     os.environ.clear()
     os.environ.update(asked["environ"])
     sys.argv = asked["argv"]
-    connection.sendall(b"%d\n" % os.getpid())
+    try:
+        connection.sendall(b"%d\n" % os.getpid())
+    except OSError:  # the client has been killed
+        os._exit(0)
     status = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

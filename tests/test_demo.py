@@ -37,9 +37,9 @@ def furnish(folder):
     return folder
 
 
-def start(folder, python, *options):
+def start(folder, python, *options, extra="--epochs 4"):
     """The demo in a folder, a process group of its own; (its process, what it prints)."""
-    env = os.environ | {"HERE": "yes", "PYTHON": str(python), "EXTRA": "--epochs 4"}
+    env = os.environ | {"HERE": "yes", "PYTHON": str(python), "EXTRA": extra}
     output = open(folder / "output", "a+")
     command = ["bash", ROOT / "run_all.sh", "--demo", *options]
     return subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output, preexec_fn=own_group), output  # noqa: PLW1509
@@ -91,6 +91,21 @@ def test_the_control_has_the_same_batches(undisturbed):
     assert not any("mix" in row.get("losses", {}) for row in logs[1])
 
 
+def test_runs_of_other_settings(undisturbed, python):
+    """What lies in the demo's folder is taken for done only if its record says what the plan does."""
+    folder, printed = undisturbed
+    before = len(printed)
+    status, printed = finish(*start(folder, python, extra="--epochs 5"))
+    assert status == 2 and "runs/demo/facts-s0: holds a finished run whose epochs is 4, not 5" in printed[before:] and not rows(printed[before:])
+
+
+@pytest.mark.parametrize("options", [["--num-examples", "9"], ["--shard", "0/2"], ["--tiny"], ["a.jsonl", "b.jsonl"], ["--sedes", "0"]])
+def test_options_of_the_grid(tmp_path, python, options):
+    """What would have no effect on the demo is refused."""
+    status, printed = finish(*start(tmp_path, python, *options))
+    assert status == 2 and "bash run_all.sh --demo FILE" in printed and not (tmp_path / "runs").exists()
+
+
 def test_ctrl_c(undisturbed, python, tmp_path):
     """Ctrl-C ends in a line, and the same command goes on, says what is done, and ends with the same table."""
     furnish(tmp_path)
@@ -122,6 +137,7 @@ def test_files_that_do_not_serve(python, tmp_path, name, content, says):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
     status, printed = finish(*start(tmp_path, python, name))
     assert status == 2 and name in printed and says in printed and printed.count("\n") == 1, printed
+    assert [place.name for place in (tmp_path / "runs").iterdir()] == ["demo"]
 
 
 def test_facts_of_ones_own(python, tmp_path):
