@@ -70,7 +70,7 @@ def become(connection):
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(OSError):  # the client has been killed
-        connection.sendall(b"%d" % status)
+        connection.sendall(b"%d\n" % status)
     os._exit(status)
 
 
@@ -83,10 +83,11 @@ server.connect("{address}")
 asked = {{"argv": sys.argv[1:], "folder": os.getcwd(), "environ": dict(os.environ), "group": os.getpgrp(),
          "no_sigint": signal.getsignal(signal.SIGINT) == signal.SIG_IGN}}
 socket.send_fds(server, [json.dumps(asked).encode()], files)
-fork = int(server.recv(32) or sys.exit(137))
+told = server.makefile()
+fork = int(told.readline() or sys.exit(137))
 signal.signal(signal.SIGTERM, lambda *_: os.kill(fork, signal.SIGTERM))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-sys.exit(int(server.recv(32) or 137))
+sys.exit(int(told.readline() or 137))
 """
 
 
