@@ -117,7 +117,7 @@ def test_ctrl_c(undisturbed, python, tmp_path):
         time.sleep(chance.uniform(0.1, 0.6))
         os.killpg(process.pid, signal.SIGINT)
         status, printed = finish(process, output)
-        assert status == -signal.SIGINT, printed
+        assert status in (-signal.SIGINT, 0), printed  # 0: a fast machine was done
     status, printed = finish(*start(tmp_path, python))
     assert status == 0 and "Traceback" not in printed, printed
     assert sorted(rows((tmp_path / "runs/demo/TABLES.md").read_text())) == sorted(rows(undisturbed[1]))

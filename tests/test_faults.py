@@ -230,7 +230,7 @@ def test_ctrl_c(work, command):
         assert process.returncode == status and "Traceback" not in errors, errors
         assert errors.startswith(f"{command[0]}: {sent.name}: stopped; ") and errors.count("\n") == 1, errors
     process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], cwd=work, stderr=subprocess.PIPE, text=True, preexec_fn=sigint_as_usual)  # noqa: PLW1509
-    time.sleep(0.2)
+    time.sleep(0.7)
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == -2
     os.unlink(work / "pipe.jsonl")
