@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import forking
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,14 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     tiny_llama(folder / "models" / "tiny")
     return folder
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A `python` that starts in no time."""
+    server, client = forking.start_server(tmp_path_factory.mktemp("python"))
+    yield client
+    server.kill()
 
 
 def run(cwd, script, *args, ranks=None, ok=True):

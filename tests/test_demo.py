@@ -8,20 +8,12 @@ import signal
 import subprocess
 import time
 
-import forking
 import pytest
 from conftest import ROOT, tiny_llama
 from test_grid import own_group
 
 FACTS = [{"question": f"Who wrote book {i}?", "answer": f"Author {i * 7 % 31}"} for i in range(9)]
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    server, client = forking.start_server(tmp_path_factory.mktemp("python"))
-    yield client
-    server.kill()
 
 
 def furnish(folder):

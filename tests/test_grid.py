@@ -9,7 +9,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import forking
 import pytest
 from conftest import ROOT, tiny_llama
 from test_train import metrics
@@ -22,13 +21,6 @@ TRAINED = r"(runs/\S+): \d+ steps in \d+ s, loss"  # what train.py prints at its
 TINY = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}  # 5,000 parameters
 
 HITS = [(os.killpg, signal.SIGKILL, [-9]), (os.killpg, signal.SIGINT, [130, -2]), (os.kill, signal.SIGKILL, [-9])]  # -2: before its trap is set
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    server, client = forking.start_server(tmp_path_factory.mktemp("python"))
-    yield client
-    server.kill()
 
 
 def furnish(folder):
