@@ -674,7 +674,8 @@ def _fetch(url, file, lines):
         length = response.headers.get("Content-Length")
         size = have + int(length) if length else None
         missing = lines - _count_lines(file.name) if lines else None
-        with progress_bar(total=None if lines else size, initial=have, unit="B", unit_scale=True, desc=f"downloading {Path(file.name).stem}") as bar:
+        title = f"downloading {Path(file.name).stem}"
+        with progress_bar(total=None if lines else size, initial=have, unit="B", unit_scale=True, desc=title) as bar:
             while missing is None or missing > 0:
                 piece = response.read1(2**20)
                 if not piece:
@@ -1657,14 +1658,18 @@ def check_facts(name, path, least, most):
     """A DataError unless a set's flat file is so many facts: questions, each with one answer that can be right."""
     examples, _ = load_examples(str(path))
     if not least <= len(examples) <= most:
-        raise DataError(f"{name}: holds {len(examples)} facts, {least} to {most} are asked for; add some, or leave some out")
+        raise DataError(f"{name}: holds {len(examples)} facts, {least} to {most} are asked for; add some, or leave "
+                        "some out")  # fmt: skip
     asked = {}
     for number, example in enumerate(examples, 1):
         if "messages" in example or example["prompt"].startswith(PASSAGE):
-            raise DataError(f"{name}: its example {number} is a {'chat' if 'messages' in example else 'passage'}; give questions with answers, as a prompt and a response")
+            kind = "chat" if "messages" in example else "passage"
+            raise DataError(f"{name}: its example {number} is a {kind}; give questions with answers, as a prompt and "
+                            "a response")  # fmt: skip
         first, response = asked.setdefault(example["prompt"], (number, example["response"]))
         if example["response"] != response:
-            raise DataError(f"{name}: its examples {first} and {number} ask the same, {example['prompt']!r}, with other answers; keep one of them")
+            raise DataError(f"{name}: its examples {first} and {number} ask the same, {example['prompt']!r}, with "
+                            "other answers; keep one of them")  # fmt: skip
 
 
 def report_overlap(names, args):
@@ -1711,7 +1716,8 @@ def main():
     parser.add_argument("--words", type=int, default=DEFAULT_WORDS, metavar="W", help="words of a mixing passage (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of generated sets and of the order of published ones (default: 0)")
     parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="pass over at most N malformed rows of a set (default: 0)")
-    parser.add_argument("--facts", type=int, nargs=2, metavar=("LEAST", "MOST"), help="refuse what is not so many questions with one right answer each")
+    parser.add_argument("--facts", type=int, nargs=2, metavar=("LEAST", "MOST"),
+                        help="refuse what is not so many questions with one right answer each")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the sets, what is built and where the rest comes from")
     parser.add_argument("--overlap", nargs="+", metavar="NAME", help="a set of facts, then mixing sets: how many of the facts stand in them")
     parser.add_argument("--verbose", action="store_true", help="with --overlap: print the facts")
