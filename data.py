@@ -2,6 +2,7 @@
 
     python data.py kvr popqa                # builds data/kvr.jsonl, data/popqa.jsonl and data/popqa-id.jsonl
     python data.py random --words 8         # passages of another length: data/random.w8.jsonl
+    python data.py popqa --slice 100        # the first 100 facts are popqa's, the second 100 popqa-id's: not 2,000 each
     python data.py my_notes.txt             # the user's own file: data/my_notes.jsonl
     python data.py all                      # every set that can be had
     python data.py --list                   # what there is, what is built and where the rest comes from
@@ -142,6 +143,36 @@ def write_file(path, content):
         raise
     finally:
         UNFINISHED.discard(temporary)
+
+
+@contextlib.contextmanager
+def alone_at(path):
+    """Be the only process that builds a file; where another is at it, wait."""
+    lock = path.with_name(f".{path.name}.lock")
+    with locked(lock, f"{path}: another process is building it; waiting"):
+        try:
+            yield
+        finally:
+            lock.unlink()
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # made for it alone
+
+
+def locked(path, waiting):
+    """An open file at path that this process alone holds; `waiting` is printed where another has it first."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # its folder or itself was removed by whoever had it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if waiting:
+                    print(waiting, file=sys.stderr)
+                waiting = ""
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # a lock of what is gone keeps nobody out
+                return file
 
 
 def json_line(row):
@@ -1143,36 +1174,59 @@ def _attempt(make, row, words):
         return error
 
 
-def read_published(name, row, n, seed, words, raw, skip_bad):
-    """(examples, manifest entries) of a published set; at most n, and as few rows read as that takes where the set is streamed."""
+@dataclass
+class Usable:
+    """What published files hold."""
+
+    examples: list
+    dropped: collections.Counter  # {reason: rows}
+    bad: int  # malformed rows passed over
+    opened: list  # Bounded streams, each with what was read of it
+
+
+def read_usable(name, row, files, n, words, skip_bad):
+    """The Usable of a set's files, as few rows read as n examples take where the set is streamed."""
+    usable = Usable([], collections.Counter(), 0, [])
+    found = row.read(walk(files, re.compile(row.wanted), usable.opened), words)
+    for where, outcome in progress_bar(found, desc=f"reading {Path(name).name}", unit=" rows"):
+        if isinstance(outcome, dict):
+            usable.examples.append(outcome)
+            if row.streamed and len(usable.examples) == n:
+                break
+        elif isinstance(outcome, str):
+            usable.dropped[outcome] += 1
+        else:
+            usable.bad += 1
+            if usable.bad > skip_bad:
+                raise DataError(f"{where}: {outcome}; mend it, or pass over up to N such rows with --skip-bad N")
+    found.close()
+    return usable
+
+
+def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
+    """(examples, manifest entries) of a published set, at most n.
+
+    least: where a stream's first lines, which are all that was downloaded, hold fewer, it is read on.
+    """
     files = raw_files(name, row, raw) if row.wanted else [Path(name)]
     if not files:
-        files = [fetch(name, row, raw)]
+        files = [fetch(name, row, raw, row.first_lines)]
     for path in files:
         stated = path.with_name(path.name + ".sha256")
         if stated.exists() and not row.streamed and _sha256(path) != stated.read_text().split()[0]:
             raise DataError(f"{path}: its sha256 is not the one in {stated.name}; remove both and get it again")
-    examples, dropped, bad, opened = [], collections.Counter(), 0, []
-    found = row.read(walk(files, re.compile(row.wanted), opened), words)
-    for where, outcome in progress_bar(found, desc=f"reading {Path(name).name}", unit=" rows"):
-        if isinstance(outcome, dict):
-            examples.append(outcome)
-            if row.streamed and len(examples) == n:
-                break
-        elif isinstance(outcome, str):
-            dropped[outcome] += 1
-        else:
-            bad += 1
-            if bad > skip_bad:
-                raise DataError(f"{where}: {outcome}; mend it, or pass over up to N such rows with --skip-bad N")
-    found.close()
+    usable = read_usable(name, row, files, n, words, skip_bad)
+    while len(usable.examples) < least and (lines := lines_of_beginning(files)):
+        files = [fetch(name, row, raw, 2 * lines)]
+        usable = read_usable(name, row, files, n, words, skip_bad)
+    examples, dropped = usable.examples, usable.dropped
     if row.kind == "factoid":
         examples = _without_conflicts(examples, dropped)
     # Paths as seen from raw/, so that a manifest does not depend on where that lies.
     place = (lambda path: os.path.relpath(path, raw)) if row.wanted else (lambda path: Path(path).name)
     if row.streamed:
         # Of what is read piece by piece just those bytes; parquet is read here and there, so all of the file.
-        sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} if b.n_read else _source(b.path) for b in opened}
+        sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} if b.n_read else _source(b.path) for b in usable.opened}
     else:
         random.Random(f"{name} {seed}").shuffle(examples)
         sources = {place(path): _source(path) for path in files}
@@ -1182,7 +1236,7 @@ def read_published(name, row, n, seed, words, raw, skip_bad):
             sources = {f"{len(files)} files below {place(os.path.commonpath(files))}": total}
     if not examples:
         raise DataError(f"{files[0]}: no usable example in it (dropped: {dict(dropped)}); see that it is the published file")
-    return examples, {"sources": sources, "dropped": dict(dropped), "bad": bad, "beyond_limit": max(0, len(examples) - n)}
+    return examples, {"sources": sources, "dropped": dict(dropped), "bad": usable.bad, "beyond_limit": max(0, len(examples) - n)}
 
 
 def _source(path):
@@ -1212,12 +1266,27 @@ def raw_files(name, row, raw):
     folders = [Path(raw) / folder for folder in (name, *row.folders)]
     found = [path for folder in folders for path in folder.rglob("*")] + list(Path(raw).glob(f"{name}.*"))
     hidden = (".part", ".sha256", ".tmp")
-    return sorted(path for path in found if path.is_file() and not path.name.startswith(".") and not path.name.endswith(hidden)
-                  and not path.name.endswith(".part.json") and (ARCHIVE.search(path.name) or re.search(row.wanted, str(path))))  # fmt: skip
+    found = sorted(path for path in found if path.is_file() and not path.name.startswith(".") and not path.name.endswith(hidden)
+                   and not path.name.endswith(".part.json") and (ARCHIVE.search(path.name) or re.search(row.wanted, str(path))))  # fmt: skip
+    # Of one file's beginnings the longest holds the others.
+    longest = {}
+    for path in sorted((path for path in found if BEGINNING.search(path.name)), key=lambda path: int(BEGINNING.search(path.name)[1])):
+        longest[BEGINNING.sub(".", str(path))] = path
+    return [path for path in found if not BEGINNING.search(path.name) or path in longest.values()]
 
 
-def fetch(name, row, raw):
-    """Download a set's published file from the first place that has it; returns its path below raw/."""
+BEGINNING = re.compile(r"\.first-(\d+)\.")  # in the name of a file of which only so many lines were downloaded
+
+
+def lines_of_beginning(files):
+    """How many lines of a longer file were downloaded, if a file's beginning is all there is; else 0."""
+    match = BEGINNING.search(files[0].name) if len(files) == 1 else None
+    lines = int(match[1]) if match else 0
+    return lines if lines and _count_lines(files[0]) == lines else 0
+
+
+def fetch(name, row, raw, first_lines=0):
+    """Download a set's published file, or its first lines, from the first place that has it; returns its path below raw/."""
     put = f"put {row.files} into {Path(raw) / name}/"
     if not row.urls:
         raise DataError(f"{name}: cannot be downloaded; {put}")
@@ -1225,10 +1294,10 @@ def fetch(name, row, raw):
     for url in row.urls:
         url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
         file = Path(url.partition("?")[0]).name
-        if row.first_lines:
-            file = f"{Path(file).stem}.first-{row.first_lines}{Path(file).suffix}"
+        if first_lines:
+            file = f"{Path(file).stem}.first-{first_lines}{Path(file).suffix}"
         try:
-            download(url, Path(raw) / name / file, row.first_lines)
+            download(url, Path(raw) / name / file, first_lines)
             return Path(raw) / name / file
         except DataError as error:
             faults.append(str(error))
@@ -1302,29 +1371,31 @@ SETS = {
 OWN = Set("own", "the user's own file", sys.maxsize, read=own_file)
 OWN_FILE = re.compile(r"(.+)\.(jsonl|json|tsv|parquet|txt)(\.gz|\.bz2|\.zst)?$")
 DEFAULT_WORDS = 50
-SLICE = 2000  # examples of a published factoid set that are NAME-id's: the second 2,000
+SLICE = 2000  # examples of a published factoid set that are NAME-id's, unless told otherwise: the second 2,000
 
 
-def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip_bad=0):
+def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip_bad=0, size=SLICE, least=0):
     """Write a set's flat file and manifest, and those of its second slice NAME-id where there is one; returns the flat files' paths.
 
-    n is an upper limit where the source has fewer. name may be a file of the user's own.
+    n is an upper limit where the source has fewer; a stream is read on until there are `least`. size: of a slice. name
+    may be a file of the user's own.
     """
     if name in SETS:
         row = SETS[name]
     elif OWN_FILE.match(name):
         row = OWN
     else:
-        return build(resolve(name)[0], out, n, seed, words, raw, skip_bad)
+        return build(resolve(name)[0], out, n, seed, words, raw, skip_bad, size, least)
     n = n or row.size
     path = flat_file(name, out, words) if row is not OWN else own_flat_file(name, out)
-    examples, manifest = row.build(n, seed, words, raw) if row.build else read_published(name, row, n, seed, words, raw, skip_bad)
+    examples, manifest = row.build(n, seed, words, raw) if row.build else read_published(name, row, n, seed, words, raw, skip_bad, least)
     if row is OWN:
         manifest["sources"] = {relative_path(name, out): source for source in manifest["sources"].values()}
     examples = [{"id": f"{path.stem.partition('.')[0]}-{i}"} | example for i, example in enumerate(examples[:n])]
     slices = {path: examples}
     if row.kind == "factoid" and row.read:
-        slices = {path: first_slice(examples), flat_file(f"{name}-id", out): second_slice(examples)}
+        slices = {path: first_slice(examples, size), flat_file(f"{name}-id", out): second_slice(examples, size)}
+        manifest["slice"] = size
         subjects = {example["id"]: example.pop("subject") for example in examples}
         write_file(path.with_suffix(".subjects.json"), json.dumps(subjects, indent=0, ensure_ascii=False) + "\n")
     for path, part in slices.items():
@@ -1353,14 +1424,20 @@ def own_flat_file(name, out):
     return path
 
 
-def first_slice(examples):
+def first_slice(examples, size):
     """What a published factoid set is to training: all but its second slice."""
-    return examples[:SLICE] + examples[2 * SLICE :]
+    return examples[:size] + examples[2 * size :]
 
 
-def second_slice(examples):
+def second_slice(examples, size):
     """NAME-id: unseen facts of the same set."""
-    return examples[SLICE : 2 * SLICE]
+    return examples[size : 2 * size]
+
+
+def slice_size(path):
+    """Facts of a slice of the set in a flat file, as the manifest beside it says."""
+    manifest = path.with_suffix(".json")
+    return _read_json(manifest, "build the set again").get("slice", SLICE) if manifest.exists() else SLICE
 
 
 def write_flat(path, examples, manifest):
@@ -1426,26 +1503,61 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", bas
     manifest names. base_model: whose familiar or unfamiliar facts a name such as popqa.familiar means.
     """
     path = flat_file(name, data, words, base_model)
-    manifest = path.with_suffix(".json")
     lines = _read_lines(path, n) if path.exists() else []
     if not name.endswith(".jsonl"):
         base, second, familiarity = resolve(name)
-        row = SETS[base]
         if familiarity:
             check_split(path, base, base_model)
             lines = _read_lines(path, None)
-            lines = (second_slice if second else first_slice)(lines)[:n]
-        elif not path.exists() or (n and len(lines) < n and manifest.exists() and (row.build or row.streamed)):
-            seed = _read_json(manifest, "remove it and its .jsonl").get("seed", 0) if manifest.exists() else 0
-            build(base, data, max(n or 0, row.size), seed, words, raw)
+            lines = (second_slice if second else first_slice)(lines, slice_size(path))[:n]
+        elif too_short(path, SETS[base], n):
+            with alone_at(flat_file(base, data, words)):
+                if too_short(path, SETS[base], n):  # still, if another process was at it
+                    build_longer(base, path, n or 0, data, words, raw)
             lines = _read_lines(path, n) if path.exists() else []
     elif not path.exists():
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
     if len(lines) < (1 if fewer else n or 1):
         whose = "" if name == str(path) else f" for {name}"
-        raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; ask for fewer (for a mix, a lower ratio or shorter passages)")
+        less = "take what there is with --fewer, or ask for fewer (for a mix, a lower ratio or shorter passages)" if lines else "give it some"
+        raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {less}")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
     return examples, hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def too_short(path, row, n):
+    """Whether a set's flat file must be built: it is missing, or there can be more than the fewer than n that it holds."""
+    if not path.exists():
+        return True
+    return bool(n) and (row.build or row.streamed) and path.with_suffix(".json").exists() and len(_read_lines(path, n)) < n
+
+
+def build_longer(name, path, n, data, words, raw):
+    """Build a set as its manifest at `path` says, if there is one, with at least n examples if its source has them."""
+    manifest = path.with_suffix(".json")
+    known = _read_json(manifest, "remove it and its .jsonl") if manifest.exists() else {}
+    build(name, data, max(n, SETS[name].size), known.get("seed", 0), words, raw, size=known.get("slice", SLICE), least=n)
+
+
+def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None):
+    """How many of the n examples that are asked for a set has, as far as files here tell; None where none does.
+
+    Of a set that is still to be split for a base model as many as it has at most. Builds what can be without a download.
+    """
+    if name.endswith(".jsonl"):
+        return len(_read_lines(Path(name), n)) if Path(name).exists() else None
+    base, second, familiarity = resolve(name)
+    row, path = SETS[base], flat_file(f"{base}-id" if second else base, data, words)
+    if familiarity and base_model:
+        split = split_file(base, familiarity, base_model, data)
+        if split.with_suffix(".json").exists():
+            lines = _read_lines(split, None) if split.exists() else []
+            return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
+    if too_short(path, row, n):
+        files = [] if row.build else raw_files(base, row, raw)
+        if not row.build and (not files or lines_of_beginning(files)):
+            return None  # what a download will bring
+    return len(load_examples(f"{base}-id" if second else base, n, data, words, raw, fewer=True)[0])
 
 
 def load_pool(name, data="data", raw="raw"):
@@ -1458,7 +1570,8 @@ def load_pool(name, data="data", raw="raw"):
     facts, sha256 = load_examples(base, None, data, raw=raw)
     if flat_file(f"{base}-id", data).exists():
         second, second_sha256 = load_examples(f"{base}-id", None, data)
-        facts, sha256 = facts[:SLICE] + second + facts[SLICE:], hashlib.sha256((sha256 + second_sha256).encode()).hexdigest()
+        size = slice_size(flat_file(base, data))
+        facts, sha256 = facts[:size] + second + facts[size:], hashlib.sha256((sha256 + second_sha256).encode()).hexdigest()
     return facts, sha256
 
 
@@ -1568,6 +1681,13 @@ def word_text(text):
     return " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
 
 
+def subjects_of(name, data="data"):
+    """{id: subject} of a set that names them, whatever slice or part of it a data name means."""
+    stem = Path(name).name.removesuffix(".jsonl").partition(".")[0].removesuffix("-id")
+    sidecar = Path(data) / f"{stem}.subjects.json"
+    return _read_json(sidecar, "build the set again") if sidecar.exists() else {}
+
+
 def guess_subject(prompt):
     """The words of a question that name what it is about: its longest run of capitalized words, or else all but common ones."""
     asked = prompt.removeprefix("Question: ").removesuffix("\nThe answer is:")
@@ -1675,9 +1795,7 @@ def check_facts(name, path, least, most):
 def report_overlap(names, args):
     """Print, for each mixing set, how many of the first set's facts stand in it."""
     facts, _ = load_examples(names[0], args.limit, args.out, raw=args.raw)
-    stem = flat_file(names[0], args.out).stem.partition(".")[0].removesuffix("-id")
-    sidecar = Path(args.out) / f"{stem}.subjects.json"
-    subjects = _read_json(sidecar, "build the set again") if sidecar.exists() else {}
+    subjects = subjects_of(names[0], args.out)
     for name in names[1:]:
         documents, _ = load_examples(name, None, args.out, args.words, args.raw)
         found = overlap(facts, subjects, documents)
@@ -1715,6 +1833,8 @@ def main():
     parser.add_argument("--limit", type=int, metavar="N", help="most examples (default: the set's own)")
     parser.add_argument("--words", type=int, default=DEFAULT_WORDS, metavar="W", help="words of a mixing passage (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of generated sets and of the order of published ones (default: 0)")
+    parser.add_argument("--slice", type=int, default=SLICE, metavar="N",
+                        help=f"facts of a published set that are NAME-id's, behind as many of its own (default: {SLICE})")  # fmt: skip
     parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="pass over at most N malformed rows of a set (default: 0)")
     parser.add_argument("--facts", type=int, nargs=2, metavar=("LEAST", "MOST"),
                         help="refuse what is not so many questions with one right answer each")  # fmt: skip
@@ -1725,8 +1845,8 @@ def main():
     for name in args.names:
         if name != "all" and not OWN_FILE.match(name):
             resolve(name)
-    if min(args.words, 1 if args.limit is None else args.limit) < 1 or args.skip_bad < 0:
-        raise DataError("--words and --limit must be at least 1, --skip-bad at least 0")
+    if min(args.words, args.slice, 1 if args.limit is None else args.limit) < 1 or args.skip_bad < 0:
+        raise DataError("--words, --slice and --limit must be at least 1, --skip-bad at least 0")
     if args.overlap and len(args.overlap) < 2:
         raise DataError("--overlap: name a set of facts and at least one mixing set")
     if not args.names and not args.list and not args.overlap:
@@ -1741,7 +1861,10 @@ def main():
                 raise DataError(f"{name}: would be written to {place}, as {other} is; rename one of the two, or build it with another --out")
     for name in SETS if "all" in args.names else args.names:
         try:
-            for path in build(name, args.out, args.limit, args.seed, args.words, args.raw, args.skip_bad):
+            own_file = name not in SETS and OWN_FILE.match(name)
+            with contextlib.nullcontext() if own_file else alone_at(flat_file(resolve(name)[0], args.out, args.words)):
+                paths = build(name, args.out, args.limit, args.seed, args.words, args.raw, args.skip_bad, args.slice, args.limit or 0)
+            for path in paths:
                 manifest = json.loads(path.with_suffix(".json").read_bytes())
                 counts = [f"{count} dropped: {reason}" for reason, count in manifest["dropped"].items()]
                 counts += [f"{manifest[key]} {label}" for key, label in (("bad", "malformed rows passed over"), ("beyond_limit", "more usable")) if manifest.get(key)]
