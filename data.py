@@ -163,7 +163,7 @@ def locked(path, waiting):
     while True:
         with contextlib.suppress(FileNotFoundError):  # its folder or itself was removed by whoever had it
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "w")
+            file = open(path, "w")  # noqa: SIM115 (the caller closes it)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
