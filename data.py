@@ -1311,9 +1311,14 @@ def fetch(name, row, raw, first_lines=0):
 class Set:
     kind: str  # factoid: exact match can be asked; mixing: passages of --words words; else non-factoid
     about: str
+    # Of an example by Llama 3's tokenizer, the template included; of a mixing set those that --words do not change, and
+    # those for each word. Measured on a few, math's and ultrachat's a guess: for plans alone, where no file is at hand.
+    tokens: int
     size: int = 20_000  # examples built unless told otherwise; of its large sources the paper's release reads as many rows
+    tokens_a_word: float = 0
     stop_loss: float = 1e-4  # default of --stop-loss (appendix B.4); 0 trains all epochs
     build: Callable = None  # a generated set: (n, seed, words, raw) -> (examples, manifest entries)
+    ends: bool = False  # whether what it is generated from does
     # a published set:
     read: Callable = None  # (files, words) -> (where, outcome) of each row
     files: str = ""  # what it is made of, in words
@@ -1328,47 +1333,47 @@ HUB = "https://huggingface.co/datasets"
 TEXT_FILES = r"\.(jsonl|json|parquet)(\.gz|\.bz2|\.zst)?$"
 
 SETS = {
-    "kvr": Set("factoid", "Key-Value Recall, generated", 2000, stop_loss=0, build=build_kvr),
-    "kvr-id": Set("factoid", "other keys and values, none of them in kvr", 2000, stop_loss=0, build=functools.partial(build_kvr, half=1)),
-    "bios": Set("factoid", "six facts about each of many made-up people, generated", 2000, build=build_bios),
-    "bios-id": Set("factoid", "other people, none of them in bios", 2000, build=functools.partial(build_bios, half=1)),
-    "popqa": Set("factoid", "questions about long-tail entities", read=each(popqa), files="test.tsv", wanted=r"\.(tsv|parquet)$",
+    "kvr": Set("factoid", "Key-Value Recall, generated", 29, 2000, stop_loss=0, build=build_kvr),
+    "kvr-id": Set("factoid", "other keys and values, none of them in kvr", 29, 2000, stop_loss=0, build=functools.partial(build_kvr, half=1)),
+    "bios": Set("factoid", "six facts about each of many made-up people, generated", 32, 2000, build=build_bios),
+    "bios-id": Set("factoid", "other people, none of them in bios", 32, 2000, build=functools.partial(build_bios, half=1)),
+    "popqa": Set("factoid", "questions about long-tail entities", 30, read=each(popqa), files="test.tsv", wanted=r"\.(tsv|parquet)$",
                  urls=(f"{HUB}/akariasai/PopQA/resolve/main/test.tsv",)),
-    "triviaqa": Set("factoid", "trivia questions", read=each(triviaqa), files="triviaqa-unfiltered.tar.gz or the hub's unfiltered.nocontext parquet",
+    "triviaqa": Set("factoid", "trivia questions", 35, read=each(triviaqa), files="triviaqa-unfiltered.tar.gz or the hub's unfiltered.nocontext parquet",
                     wanted=r"^(?!.*(dev|test|validation)[^/]*$).*\.(json|parquet)$",
                     urls=(f"{HUB}/mandarjoshi/trivia_qa/resolve/main/unfiltered.nocontext/train-00000-of-00001.parquet",
                           "https://nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz")),
-    "lama": Set("factoid", "cloze facts of T-REx, Google-RE, SQuAD and ConceptNet", read=lama, files="the authors' data.zip",
+    "lama": Set("factoid", "cloze facts of T-REx, Google-RE, SQuAD and ConceptNet", 20, read=lama, files="the authors' data.zip",
                 wanted=r"(TREx/P\d+|Google_RE/\w+_test|Squad/test|ConceptNet/test|relations)\.jsonl$",
                 urls=("https://dl.fbaipublicfiles.com/LAMA/data.zip",)),
-    "entityqa": Set("factoid", "EntityQuestions: 24 relations of Wikidata", read=entityqa, files="the authors' dataset.zip",
+    "entityqa": Set("factoid", "EntityQuestions: 24 relations of Wikidata", 30, read=entityqa, files="the authors' dataset.zip",
                     wanted=r"(train|dev|test)/P\d+\.\w+\.json$", urls=("https://nlp.cs.princeton.edu/projects/entity-questions/dataset.zip",),
                     folders=("entityquestions",)),
-    "webqa": Set("factoid", "WebQuestions: questions asked of a search engine", read=each(webqa), files="webquestions.examples.train.json or the hub's parquet",
+    "webqa": Set("factoid", "WebQuestions: questions asked of a search engine", 31, read=each(webqa), files="webquestions.examples.train.json or the hub's parquet",
                  wanted=r"\.(json|parquet)(\.bz2)?$", urls=(f"{HUB}/stanfordnlp/web_questions/resolve/main/data/train-00000-of-00001.parquet",),
                  folders=("webq",)),
-    "gsm8k": Set("non-factoid", "grade-school mathematics", read=each(functools.partial(pair, "question", "answer")), files="train.jsonl",
+    "gsm8k": Set("non-factoid", "grade-school mathematics", 174, read=each(functools.partial(pair, "question", "answer")), files="train.jsonl",
                  wanted=r"train[^/]*\.(jsonl|parquet)$",
                  urls=("https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/train.jsonl",)),
-    "math": Set("non-factoid", "competition mathematics, withdrawn from the hub", read=each(functools.partial(pair, "problem", "solution")),
+    "math": Set("non-factoid", "competition mathematics, withdrawn from the hub", 300, read=each(functools.partial(pair, "problem", "solution")),
                 files="your copy of the authors' MATH folder or MATH.tar", wanted=r"train/[^/]+/\d+\.json$"),
-    "evolcode": Set("non-factoid", "instructions for code", read=each(functools.partial(pair, "instruction", "output")), files="EvolInstruct-Code-80k.json",
+    "evolcode": Set("non-factoid", "instructions for code", 323, read=each(functools.partial(pair, "instruction", "output")), files="EvolInstruct-Code-80k.json",
                     wanted=r"\.(json|parquet)$", urls=(f"{HUB}/nickrosh/Evol-Instruct-Code-80k-v1/resolve/main/EvolInstruct-Code-80k.json",)),
-    "apps": Set("non-factoid", "programming problems, introductory and interview", read=apps, files="the hub's train.jsonl or the authors' APPS.tar.gz",
+    "apps": Set("non-factoid", "programming problems, introductory and interview", 600, read=apps, files="the hub's train.jsonl or the authors' APPS.tar.gz",
                 wanted=r"train[^/]*\.(jsonl|parquet)$|train/\d+/(question\.txt|solutions\.json|input_output\.json|metadata\.json|starter_code\.py)$",
                 urls=(f"{HUB}/codeparrot/apps/resolve/main/train.jsonl",)),
-    "ultrachat": Set("non-factoid", "dialogues", read=each(ultrachat), files="train_0.jsonl", wanted=r"\.jsonl(\.gz|\.zst)?$", streamed=True,
+    "ultrachat": Set("non-factoid", "dialogues", 1000, read=each(ultrachat), files="train_0.jsonl", wanted=r"\.jsonl(\.gz|\.zst)?$", streamed=True,
                      urls=(f"{HUB}/stingning/ultrachat/resolve/main/train_0.jsonl",), first_lines=20_000),
-    "random": Set("mixing", "random words of the NLTK words corpus", 4000, build=build_random),
-    "k-pile": Set("mixing", "passages of Knowledge Pile", 4000, read=each(generic), files="one of its JSON-lines files", wanted=TEXT_FILES, streamed=True,
+    "random": Set("mixing", "random words of the NLTK words corpus", 22, 4000, tokens_a_word=5.6, build=build_random),
+    "k-pile": Set("mixing", "passages of Knowledge Pile", 21, 4000, tokens_a_word=2.5, read=each(generic), files="one of its JSON-lines files", wanted=TEXT_FILES, streamed=True,
                   urls=(f"{HUB}/Query-of-CC/Knowledge_Pile/resolve/main/data/part-65c38103819a-000496.jsonl",), first_lines=20_000),
-    "a-pile": Set("mixing", "passages of The Pile's ArXiv part", 4000, read=each(generic), files="a parquet file of the ArXiv 50k sample", wanted=TEXT_FILES, streamed=True,
+    "a-pile": Set("mixing", "passages of The Pile's ArXiv part", 21, 4000, tokens_a_word=2.5, read=each(generic), files="a parquet file of the ArXiv 50k sample", wanted=TEXT_FILES, streamed=True,
                   urls=(f"{HUB}/haritzpuerto/the_pile_arxiv_50k_sample/resolve/refs%2Fconvert%2Fparquet/default/train/0000.parquet",)),
-    "fineweb": Set("mixing", "passages of FineWeb", 4000, read=each(generic), files="a parquet file of the FineWeb 100M sample", wanted=TEXT_FILES, streamed=True,
+    "fineweb": Set("mixing", "passages of FineWeb", 21, 4000, tokens_a_word=2.5, read=each(generic), files="a parquet file of the FineWeb 100M sample", wanted=TEXT_FILES, streamed=True,
                    urls=(f"{HUB}/kh4dien/fineweb-100m-sample/resolve/main/data/train-00000-of-00002.parquet",)),
-    "pydoc": Set("mixing", "the language reference inside every CPython", 4000, build=build_pydoc),
+    "pydoc": Set("mixing", "the language reference inside every CPython", 21, 4000, tokens_a_word=2.9, build=build_pydoc, ends=True),
 }  # fmt: skip
-OWN = Set("own", "the user's own file", sys.maxsize, read=own_file)
+OWN = Set("own", "the user's own file", 0, sys.maxsize, read=own_file)
 OWN_FILE = re.compile(r"(.+)\.(jsonl|json|tsv|parquet|txt)(\.gz|\.bz2|\.zst)?$")
 DEFAULT_WORDS = 50
 SLICE = 2000  # examples of a published factoid set that are NAME-id's, unless told otherwise: the second 2,000
@@ -1547,17 +1552,21 @@ def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=Non
     if name.endswith(".jsonl"):
         return len(_read_lines(Path(name), n)) if Path(name).exists() else None
     base, second, familiarity = resolve(name)
-    row, path = SETS[base], flat_file(f"{base}-id" if second else base, data, words)
+    row, path = SETS[base], flat_file(base, data, words)
     if familiarity and base_model:
         split = split_file(base, familiarity, base_model, data)
         if split.with_suffix(".json").exists():
             lines = _read_lines(split, None) if split.exists() else []
             return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
+    if row.build and not row.ends:
+        return n
     if too_short(path, row, n):
         files = [] if row.build else raw_files(base, row, raw)
         if not row.build and (not files or lines_of_beginning(files)):
             return None  # what a download will bring
-    return len(load_examples(f"{base}-id" if second else base, n, data, words, raw, fewer=True)[0])
+        load_examples(base, n, data, words, raw, fewer=True)
+    path = flat_file(f"{base}-id", data) if second else path
+    return len(_read_lines(path, n)) if path.exists() else 0
 
 
 def load_pool(name, data="data", raw="raw"):

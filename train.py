@@ -65,8 +65,8 @@ from safetensors import safe_open
 from torch.optim.adamw import adamw
 
 from data import (
-    DEFAULT_WORDS, SETS, SOURCES, STOPPING, DataError, Parser, batches, chat_template, copy_tokenizer, encode, end_by,
-    end_on_signals, familiarity, is_split, load_examples, load_tokenizer, micro_batches, progress_bar, set_label,
+    DEFAULT_WORDS, SETS, SOURCES, STOPPING, BaseModel, DataError, Parser, at_hand, batches, chat_template,
+    copy_tokenizer, encode, end_by, end_on_signals, familiarity, flat_file, is_split, load_examples, load_tokenizer, micro_batches, progress_bar, set_label,
     stage_facts, write_file,
 )
 from evaluate import (
@@ -104,6 +104,7 @@ def parse_args(words=None):
     add("--stage", type=int, help="1 starts from a base model, later ones from the stage before")
     add("--data", help="set or .jsonl file to learn; at stage 1 kvr unless told otherwise")
     add("--num-examples", type=int, default=2000, help="its first N examples")
+    switch("--fewer", "take what there is where the set or D_M has less than is asked for; the record says how much")
     switch("--unfiltered", "take all facts of a published set, not only those that the base model does not know")
     add("--mix", default="none", help="D_M: random, another mixing set, a .jsonl file, or none")
     add("--mix-ratio", type=float, default=2.0, help="examples of D_M for each of the set's own")
@@ -150,6 +151,8 @@ def parse_args(words=None):
     add("--gpu-memory", type=float,
         help="with --dry-run: GB of each GPU (default: as found, else this machine's memory)")  # fmt: skip
     switch("--plan", "say what the runs of run_all.sh's plan, on standard input, would take")
+    add("--gpu-tflops", type=float, default=300, help="with --plan: TFLOP/s that a GPU sustains")
+    add("--asked", nargs="+", default=[], metavar="NAME", help="with --plan: sets that runs tagged familiar are asked")
     switch("--brief", "with --plan: say in one line how long they will take on this machine")
     add("--after", type=int, default=0, metavar="N", help="with --brief: once N steps of one of them were timed")
     args = parser.parse_args(words)
@@ -167,11 +170,12 @@ def gather_examples(args, lineage):
     base_model = base_of(args.model, lineage) if is_split(args.data) and not args.unfiltered else None
     kept = familiarity(args.data, base_model, args.data_dir) if base_model else ""
     name = f"{args.data}.{kept}" if kept else args.data
-    own, sha256 = load_examples(name, args.num_examples, args.data_dir, base_model=base_model)
-    counts, mix, replayed = {"familiarity": kept, "data_sha256": sha256, "mix_sha256": None}, [], []
+    own, sha256 = load_examples(name, args.num_examples, args.data_dir, base_model=base_model, fewer=args.fewer)
+    counts = {"num_examples": len(own), "familiarity": kept, "data_sha256": sha256, "mix_sha256": None}
+    mix, replayed = [], []
     if args.mix != "none":
         n_mix = round(args.mix_ratio * len(own))
-        mix, counts["mix_sha256"] = load_examples(args.mix, n_mix, args.data_dir, args.mix_words)
+        mix, counts["mix_sha256"] = load_examples(args.mix, n_mix, args.data_dir, args.mix_words, fewer=args.fewer)
     for earlier in lineage if args.replay else []:
         facts = stage_facts(earlier, args.data_dir)
         replayed += random.Random(f"replay {args.seed}").sample(facts, round(args.replay * len(facts)))
@@ -325,7 +329,7 @@ def main(penalty=None):
     args = parse_args()
     if args.plan:
         runs = read_plan(sys.stdin)
-        return say_time(runs, args.precision, args.after) if args.brief else say_plan(runs)
+        return say_time(runs, args.precision, args.after) if args.brief else say_plan(runs, args)
     config, lineage = Config.from_folder(args.model), read_lineage(args.model)
     if args.stage != len(lineage) + 1:
         raise DataError(f"{args.model}: has {len(lineage)} stages behind it, so the next is --stage {len(lineage) + 1}")
@@ -516,10 +520,10 @@ def main(penalty=None):
 # Options that decide neither weights nor log, so that --resume may change them.
 FREE_OPTIONS = {
     "model", "out", "data_dir",  # folders, whose content is compared
-    "unfiltered",  # the entry's familiarity says what came of it
+    "unfiltered", "fewer",  # the entry's familiarity and numbers of examples say what came of it
     # they change no more than roundings
     "micro_tokens", "checkpoint_activations", "reshard_after_forward", "compile", "deterministic",
-    "save_every", "resume", "dry_run", "gpu_memory", "plan", "brief", "after",
+    "save_every", "resume", "dry_run", "gpu_memory", "plan", "gpu_tflops", "asked", "brief", "after",
 }
 
 
@@ -588,7 +592,7 @@ def announce(say, args, entry, examples, total, where):
     chosen = f" {entry['familiarity']} to {entry['base_model_name']}" if entry["familiarity"] else ""
     weight = f" of weight {args.mix_weight:.4g}" if args.mix_weight != 1 else ""
     tokens = sum(len(example.ids) for example in trained_examples(examples, args.mix_weight))
-    say(f"stage {args.stage}: {args.num_examples} x {args.data}{chosen}, {entry['num_mix']} x {args.mix}{weight}, "
+    say(f"stage {args.stage}: {entry['num_examples']} x {args.data}{chosen}, {entry['num_mix']} x {args.mix}{weight}, "
         f"{entry['num_replay']} replayed; {tokens} tokens an epoch, at most {total} steps, lr {args.lr}, "
         f"{args.precision}, {where}")  # fmt: skip
 
@@ -1187,6 +1191,8 @@ class Planned:
         fixed = [key for key, value in planned.items() if key in entry and value not in (None, "auto", "equal")]
         fixed = [key for key in fixed if key != "epochs" or isinstance(planned[key], int)]
         then = without_paths(entry)
+        if self.args.fewer and then["num_examples"] < planned["num_examples"]:
+            fixed.remove("num_examples")
         changed = [f"{key} is {then[key]!r}, not {planned[key]!r}" for key in fixed if then[key] != planned[key]]
         if changed:
             raise DataError(f"{self.folder}: holds a finished run whose {'; '.join(changed)}; remove it, or give "
@@ -1221,29 +1227,174 @@ def read_plan(lines):
     return runs
 
 
-def say_plan(runs):
-    """Print what a plan would take: runs by table, steps, tokens, hours, disk."""
-    by_table = {}
-    for run in runs.values():
+def say_plan(runs, args):
+    """Print what a plan would take: runs and GPU-hours by table, steps, disk, and what is known to fall short."""
+    by_table, hours, seeds = {}, {}, Counter()
+    for folder, run in runs.items():
         for name in dict.fromkeys(run.tables):
             by_table.setdefault(name, []).append(run)
-    to_do = [run for run in runs.values() if not run.done]
-    print(f"{'':10} {'runs':>6} {'done':>6} {'to do':>6}")
+        hours[folder] = 0.0 if run.done else flops(run, runs) / (args.gpu_tflops * 1e12) / 3600
+        seeds[run.args.seed] += hours[folder]
+    print(f"{'':10} {'runs':>6} {'done':>6} {'to do':>6} {'GPU-hours':>10}")
+
+    def say(name, chosen):
+        left, needed = sum(not run.done for run in chosen), sum(hours[str(run.folder)] for run in chosen)
+        print(f"{name:10} {len(chosen):6} {len(chosen) - left:6} {left:6} {hours_said(needed):>10}", end="")
+
     for name in sorted(by_table, key=lambda name: (not name.startswith("table"), len(name), name)):
-        left = sum(not run.done for run in by_table[name])
-        print(f"{name:10} {len(by_table[name]):6} {len(by_table[name]) - left:6} {left:6}")
-    print(f"{'all':10} {len(runs):6} {len(runs) - len(to_do):6} {len(to_do):6}   (tables share runs)")
+        say(name, with_needed(by_table[name], runs))
+        print()
+    say("all", list(runs.values()))
+    print("   (tables share runs)")
+    print(f"GPU-hours: 6 FLOPs for each parameter and token trained on, at {args.gpu_tflops:g} TFLOP/s sustained "
+          "(--gpu-tflops); at most, as a loss may stop a stage before; what asking and probing takes is not "
+          "counted")  # fmt: skip
+    if len(seeds) > 1:
+        of_seeds = ", ".join(f"{seed} {hours_said(needed)}" for seed, needed in sorted(seeds.items()))
+        print(f"by seed (--seeds): {of_seeds}; a line above is what --only takes with all of them")
+    to_do = [run for run in runs.values() if not run.done]
     steps = sum(most_steps(run.args, runs) for run in to_do)
-    print(f"steps to do: at most {steps}, where no loss stops a stage before")
+    print(f"steps to do: at most {steps}")
     say_hours(runs, to_do)
     kept = {run.needs for run in runs.values()} - {"-"}
-    for model in sorted({run.args.model for run in runs.values() if run.args.stage == 1}):
+    for model in base_models(runs):
         size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 1e9
         said = f"; {model} is not here, so its size is unknown"
         if size:
             state = size * (3 if weights_dtype(model) == torch.float32 else 6)  # weights and moments in fp32
             said = f", {size:.3f} GB each of {model}; a run in progress takes {2 * state:.3f} GB more"
-        print(f"disk: {len(kept)} checkpoints are kept for later stages{said}")
+        of_model = [folder for folder in kept if base_of_run(runs[folder], runs) == model]
+        print(f"disk: {len(of_model)} checkpoints are kept for later stages{said}")
+    say_shortfalls(runs, to_do, args)
+
+
+def hours_said(hours):
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+
+
+def with_needed(chosen, runs):
+    """Runs, and before each those that it starts from or takes its steps from."""
+    found = {}
+
+    def add(folder):
+        run = runs[folder]
+        for needed in (run.needs, run.args.epochs[1:] if isinstance(run.args.epochs, str) else "-"):
+            if needed != "-":
+                add(needed)
+        found[folder] = run
+
+    for run in chosen:
+        add(str(run.folder))
+    return list(found.values())
+
+
+def base_of_run(run, runs):
+    """The folder of the base model that a planned run goes back to."""
+    while run.needs != "-":
+        run = runs[run.needs]
+    return run.args.model
+
+
+def base_models(runs):
+    return sorted({run.args.model for run in runs.values() if run.args.stage == 1})
+
+
+def flops(run, runs):
+    """Of a planned run's training, whose loss never stops it: 6 for each parameter and token."""
+    args, model = run.args, base_of_run(run, runs)
+    tokens = args.num_examples * (1 + args.replay) * mean_tokens(args.data, DEFAULT_WORDS, args.data_dir, model)
+    if args.mix != "none" and args.mix_weight != 0:
+        n_mix = round(args.mix_ratio * args.num_examples)
+        tokens += n_mix * mean_tokens(args.mix, args.mix_words, args.data_dir, model)
+    epochs = most_steps(args, runs) / steps_an_epoch(args)
+    return 6 * count_params(model) * epochs * tokens
+
+
+@functools.cache
+def count_params(model):
+    if not (Path(model) / "config.json").exists():
+        return PARAMETERS.get(model_name(model), PARAMETERS["Meta-Llama-3-8B"])
+    return sum(param.numel() for param in build_model(Config.from_folder(model), torch.float32).parameters())
+
+
+@functools.cache
+def mean_tokens(name, words, data, model):
+    """Tokens of an example of a set: counted where it and the model's tokenizer are at hand, else as SETS has them."""
+    whole = name if name.endswith(".jsonl") else name.partition(".")[0]  # split for a model or not
+    try:
+        tokenizer = load_tokenizer(model)
+        if at_hand(whole, COUNTED, data, words) and flat_file(whole, data, words).exists():
+            examples = encode(tokenizer, load_examples(whole, COUNTED, data, words, fewer=True)[0])
+            return sum(len(example.ids) for example in examples) / len(examples)
+    except DataError:  # of the tokenizer or the set, which the runs will name
+        pass
+    known = SETS.get(whole.removesuffix("-id"))
+    return known.tokens + known.tokens_a_word * words if known else 0.0
+
+
+COUNTED = 200  # examples whose tokens tell a set's
+PARAMETERS = {"Meta-Llama-3-8B": 8_030_261_248, "Mistral-7B-v0.3": 7_248_023_552}  # where the folder is not here
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a planned run takes of a set."""
+
+    name: str  # with familiar or unfamiliar, where it is split
+    n: int
+    words: int
+    data: str  # the folder of flat files
+    model: str  # the base model
+
+    def found(self):
+        """How many there are; None where nothing here tells. A DataError where its files are unusable."""
+        base_model = None
+        if list(Path(self.model).glob("*.safetensors")):
+            base_model = BaseModel(model_name(self.model), self.model, id_of(self.model))
+        return at_hand(self.name, self.n, self.data, self.words, base_model=base_model)
+
+    @property
+    def said(self):
+        of_model = f" to {model_name(self.model)}" if not self.name.endswith(".jsonl") and "." in self.name else ""
+        passages = f" of {self.words} words" if self.name in SETS and SETS[self.name].kind == "mixing" else ""
+        return f"{self.name}{of_model}{passages}"
+
+
+def needs_of(run, runs, asked):
+    """The Needs of a planned run: its set, its mix, and the sets that it will be asked."""
+    args, model = run.args, base_of_run(run, runs)
+    own = f"{args.data}.{run.familiarity}" if run.familiarity else args.data
+    found = [Need(own, args.num_examples, DEFAULT_WORDS, args.data_dir, model)]
+    if args.mix != "none":
+        found.append(Need(args.mix, round(args.mix_ratio * args.num_examples), args.mix_words, args.data_dir, model))
+    if args.tag == "familiar":
+        found += [Need(name, args.num_examples, DEFAULT_WORDS, args.data_dir, model) for name in asked]
+    return found
+
+
+def say_shortfalls(runs, to_do, args):
+    """Print which sets are known to lack what runs to do take of them, and which are not here to tell."""
+    wanted, short, unknown = {}, [], set()
+    for run in to_do:
+        for need in needs_of(run, runs, args.asked):
+            wanted.setdefault(need, []).append(run)
+    for need, of_runs in wanted.items():
+        tables = ", ".join(dict.fromkeys(name for run in of_runs for name in run.tables))
+        cells = f"{len(of_runs)} runs of {tables}"
+        try:
+            found = need.found()
+        except DataError as error:
+            short.append(f"{need.said}: {error}: {cells}")
+            continue
+        if found is None:
+            unknown.add(need.name.partition(".")[0])
+        elif found < need.n:
+            short.append(f"{need.said}: {found} of {need.n}, {need.n - found} too few: {cells}")
+    if short:
+        print("falls short, so that these runs will fail (--fewer takes what there is):")
+        print("\n".join(f"  {line}" for line in sorted(short)))
+    if unknown:
+        print(f"not here yet, so not known to suffice: {', '.join(sorted(unknown))} (python data.py --list)")
 
 
 def say_time(runs, precision, after):
@@ -1333,12 +1484,16 @@ def most_steps(args, runs):
     """Steps of a run whose loss never stops it; of --epochs @RUN those of that run."""
     if not isinstance(args.epochs, int):
         return most_steps(runs[args.epochs[1:]].args, runs)
+    return args.epochs * steps_an_epoch(args)
+
+
+def steps_an_epoch(args):
     n = args.num_examples * (1 + args.mix_ratio * (args.mix != "none") + args.replay)
-    return args.epochs * math.ceil(round(n) / args.batch_size)
+    return math.ceil(round(n) / args.batch_size)
 
 
 def say_hours(runs, to_do):
-    """Print tokens and hours of the runs to do; a step has the tokens of those in its own kind's logs."""
+    """Print tokens and hours of the runs to do, once some are measured: a step has the tokens of its kind's logs."""
     measured, seconds = {}, 0.0
     for run in runs.values():
         if steps := timed_steps(run.folder):
@@ -1346,7 +1501,7 @@ def say_hours(runs, to_do):
             seconds += sum(row["seconds"] for row in steps)
     everything = [tokens for steps in measured.values() for tokens in steps]
     if not everything or not seconds:
-        return print("tokens and hours: nothing measured yet; they follow from the first run's metrics.jsonl")
+        return
     expected = 0
     for run in to_do:
         alike = measured.get(run.kind, everything)
