@@ -106,9 +106,15 @@ LINE_SECONDS = 30  # between the lines in a bar's place
 
 
 def progress_bar(*args, **options):
-    """A tqdm bar that goes when it is done; where standard error is no terminal, a line every 30 seconds instead."""
+    """A tqdm bar that goes when it is done; where standard error is no terminal, a line every 30 seconds instead.
+
+    PROGRESS in the environment names a terminal for the bars of a process whose output is logged.
+    """
     if not sys.stderr.isatty():
-        options |= {"file": _Lines(), "mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "miniters": 1}
+        try:
+            options["file"] = open(os.environ["PROGRESS"], "w")  # noqa: SIM115 (it lasts as long as the bar)
+        except (KeyError, OSError):
+            options |= {"file": _Lines(), "mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "miniters": 1}
     return tqdm(*args, leave=False, **options)
 
 

@@ -17,6 +17,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports take their seconds, Ctrl-C has nothing to save
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -32,9 +33,9 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    SETS, BaseModel, DataError, Parser, encode_example, end_on_signals, is_name_of_set, is_split, json_line,
-    load_examples, load_pool, load_tokenizer, path_from, progress_bar, relative_path, resolve, set_label, split_file,
-    stage_facts, stage_set, write_file, write_flat,
+    OVERLAP_LIMIT, SETS, BaseModel, DataError, Parser, encode_example, end_on_signals, flat_file, is_name_of_set,
+    is_split, json_line, load_examples, load_pool, load_tokenizer, overlap, path_from, progress_bar, relative_path,
+    resolve, set_label, slice_size, split_file, stage_facts, stage_set, subjects_of, write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -166,14 +167,14 @@ def stage_sets(lineage, data):
     return list(sets.values())
 
 
-def named_sets(names, n, path, lineage, data):
+def named_sets(names, n, path, lineage, data, fewer=False, out=None):
     """FactSets of --data's names: of a stage's set what it learned, of others the first 2,000.
 
-    n: only so many, or more. A question about fewer facts, or about others under a name that is taken, gets a name of
-    its own.
+    n: only so many, or more; fewer: or what there is. A question about fewer facts, or about others under a name that
+    is taken in folder `out` (path, unless told otherwise), gets a name of its own.
     """
     kept = {"data": data, "base_model": base_of(path, lineage) if lineage or any(map(is_split, names)) else None}
-    sets, taken, of_stages = {}, asked_before(path), {}
+    sets, taken, of_stages = {}, asked_before(out or path), {}
     for name, entry in zip(set_names(lineage), lineage):
         taken[name] = entry["data_sha256"]
         of_stages.setdefault(entry["data_sha256"], name)
@@ -185,11 +186,11 @@ def named_sets(names, n, path, lineage, data):
             whole = learned["num_examples"]
             facts, sha256 = load_examples(source, n or whole, **kept)
         else:
-            facts, sha256 = load_examples(source, n or MOST, **kept, fewer=n is None)
+            facts, sha256 = load_examples(source, n or MOST, **kept, fewer=fewer or n is None)
             whole = len(load_examples(source, MOST, **kept, fewer=True)[0])
         if any("messages" in fact for fact in facts):
             raise DataError(f"{asked}: holds chats, which have no single right answer; name sets of facts")
-        name = set_label(asked) + (f".first{n}" if n and n != whole else "")
+        name = set_label(asked) + (f".first{n}" if n and len(facts) != whole else "")
         if sha256 in of_stages:
             name = of_stages[sha256]
         elif taken.get(name, sha256) != sha256:
@@ -214,11 +215,13 @@ def same_set(asked, data):
     return asked == data or (are_files and Path(asked).resolve() == Path(data).resolve())
 
 
-def evaluate(path, model, tokenizer, sets, precision, rank=0):
+def evaluate(path, model, tokenizer, sets, precision, rank=0, base_model=None):
     """Ask the model every fact of some FactSets, and return its rows {name: row}.
 
-    eval.json and the predictions are written into folder path.
+    eval.json and the predictions are written into folder path; the rows of a base_model, which no run.json beside them
+    names, do so themselves.
     """
+    whose = {"base_model_name": base_model.name, "base_model_sha256": base_model.sha256} if base_model else {}
     results = {}
     for asked in sets:
         rows, answers = [], predict(model, tokenizer, asked.facts, progress=True)
@@ -228,7 +231,7 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0):
         correct = sum(row["correct"] for row in rows)
         results[asked.name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows),
                                "of": asked.of, "precision": precision, "data": asked.data,
-                               "data_sha256": asked.data_sha256}  # fmt: skip
+                               "data_sha256": asked.data_sha256} | whose  # fmt: skip
         if rank == 0:
             write_lines(Path(path) / f"predictions.{asked.name}.jsonl", rows)
     if rank == 0:
@@ -241,6 +244,63 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0):
 SHOTS = 5
 
 
+@dataclass
+class Sorting:
+    """What sorting a set's facts for a base model takes, and leaves."""
+
+    name: str  # of the set
+    facts: list  # to be asked
+    shots: list  # facts shown before each question
+    header: dict  # what the files that come of it say of it
+    target: dict  # {"familiar" or "unfamiliar": flat file}
+
+    @classmethod
+    def of(cls, base_model, name, n, n_shots, data):
+        base = resolve(name)[0] if not name.endswith(".jsonl") else set_label(name)
+        if name.endswith(".jsonl") and is_name_of_set(base):
+            raise DataError(f"{name}: its facts would be kept under the name of the set {base}; rename it")
+        pool, sha256 = load_pool(name, data)
+        if len(pool) <= n_shots:
+            raise DataError(f"{name}: holds {len(pool)} facts, not more than the {n_shots} shots; take fewer with "
+                            "--shots")  # fmt: skip
+        shots = random.Random(f"shots {base}").sample(range(len(pool)), n_shots)
+        facts = [fact for i, fact in enumerate(pool) if i not in shots][:n]
+        header = {"base_model": base_model.name, "base_model_sha256": base_model.sha256, "name": base,
+                  "data_sha256": sha256, "shots": [pool[i]["id"] for i in shots]}  # fmt: skip
+        if is_name_of_set(base):
+            header["slice"] = slice_size(flat_file(base, data))
+        target = {kind: split_file(base, kind, base_model, data) for kind in ("familiar", "unfamiliar")}
+        sorting = cls(base, facts, [pool[i] for i in shots], header, target)
+        for file, before in sorting.manifests().items():
+            if before.get("data_sha256") != sha256:
+                raise DataError(f"{file}: made by asking {before['asked']} other facts; remove it to ask "
+                                "these")  # fmt: skip
+        return sorting
+
+    def manifests(self):
+        """{flat file: its manifest} of the files that are there; one without facts is not."""
+        found = {file: file.with_suffix(".json") for file in self.target.values()}
+        return {file: read_rows(manifest) for file, manifest in found.items() if manifest.exists() and file.exists()}
+
+    @property
+    def done(self):
+        """Whether all these facts were asked before, and sorted to the end."""
+        before = list(self.manifests().values())
+        for manifest in before:
+            if any(manifest.get(key) != value for key, value in self.header.items()):
+                return False
+        asked = {manifest["asked"] for manifest in before}
+        return len(asked) == 1 and sum(manifest["kept"] for manifest in before) == min(asked) >= len(self.facts)
+
+    def say(self):
+        """Print how many of the facts the base model knows."""
+        made = self.manifests()
+        known = made.get(self.target["familiar"], {"kept": 0})["kept"]
+        asked = next(iter(made.values()))["asked"]
+        print(f"{self.name}: {self.header['base_model']} knows {known} of {asked} facts -> "
+              f"{self.target['familiar']}, {self.target['unfamiliar']}")  # fmt: skip
+
+
 def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision):
     """Ask a BaseModel each fact of a set, few-shot, and write those it knows and those it does not (sections 2.1, 2.2).
 
@@ -248,26 +308,14 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     if the answer's first line is the response or one of its aliases. What was answered is kept as it comes, so a killed
     run goes on.
     """
-    base = resolve(name)[0] if not name.endswith(".jsonl") else set_label(name)
-    if name.endswith(".jsonl") and is_name_of_set(base):
-        raise DataError(f"{name}: its facts would be kept under the name of the set {base}; rename it")
-    target = {kind: split_file(base, kind, base_model, data) for kind in ("familiar", "unfamiliar")}
-    pool, sha256 = load_pool(name, data)
-    if len(pool) <= n_shots:
-        raise DataError(f"{name}: holds {len(pool)} facts, not more than the {n_shots} shots; take fewer with --shots")
-    shots = random.Random(f"shots {base}").sample(range(len(pool)), n_shots)
-    facts = [fact for i, fact in enumerate(pool) if i not in shots][:n]
-    header = {"base_model": base_model.name, "base_model_sha256": base_model.sha256, "name": base,
-              "data_sha256": sha256, "shots": [pool[i]["id"] for i in shots], "precision": precision}  # fmt: skip
-    for file in target.values():
-        manifest = file.with_suffix(".json")
-        before = read_rows(manifest) if manifest.exists() else {}
-        if before and (before.get("data_sha256") != sha256 or before["asked"] > len(facts)):
-            raise DataError(f"{file}: made by asking {before['asked']} facts, others or more than these {len(facts)}; "
-                            "remove it to ask these")  # fmt: skip
+    work = Sorting.of(base_model, name, n, n_shots, data)
+    if work.done:
+        return work.say() if rank == 0 else None
+    base, target, facts = work.name, work.target, work.facts
+    header = work.header | {"precision": precision}
     part = target["familiar"].with_suffix(".part")
     answers = kept_rows(part, header)[: len(facts)]
-    shown = "".join(f"{pool[i]['prompt']} {pool[i]['response']}\n\n" for i in shots)
+    shown = "".join(f"{shot['prompt']} {shot['response']}\n\n" for shot in work.shots)
     accepted = [[fact["response"], *fact.get("aliases", [])] for fact in facts]
     longest = max(len(tokenizer.encode(" " + answer)) for answers_ in accepted for answer in answers_)
     line_ends = {i for i in range(tokenizer.vocab_size) if "\n" in (text := tokenizer.decode([i])) and not text.strip()}
@@ -286,18 +334,15 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     bar.close()
 
     known = [any(is_correct(answer, right) for right in rights) for answer, rights in zip(answers, accepted)]
-    counts = {}
     for kind in target:
         rows = [(fact, answer) for fact, answer, k in zip(facts, answers, known) if k == (kind == "familiar")]
-        counts[kind] = len(rows)
         if rank == 0:
             said = {fact["id"]: answer for fact, answer in rows}
             manifest = {**header, "asked": len(facts), "kept": len(rows), "predictions": said}
             write_flat(target[kind], [fact for fact, _ in rows], manifest)
     if rank == 0:
         part.unlink(missing_ok=True)
-        print(f"{base}: {base_model.name} knows {counts['familiar']} of {len(facts)} facts -> {target['familiar']}, "
-              f"{target['unfamiliar']}")  # fmt: skip
+        work.say()
 
 
 def kept_rows(part, header):
@@ -476,10 +521,9 @@ class Run:
                 row = self.scores.get(data)
                 return (data, row) if row and row["data_sha256"] == entry["data_sha256"] else None
         n = self.lineage[-1]["num_examples"]
-        for name, row in self.scores.items():
-            if row["data"] == data and row["total"] == min(n, row["of"]):
-                return name, row
-        return None
+        enough = {name: row for name, row in self.scores.items()
+                  if row["data"] == data and row["total"] >= min(n, row["of"])}  # fmt: skip
+        return min(enough.items(), key=lambda item: item[1]["total"], default=None)
 
 
 @dataclass
@@ -488,6 +532,8 @@ class Grid:
 
     name: str
     cells: dict  # {a tuple of Stages: {the stages' seeds: Run}}
+    base_model_sha256: str
+    untrained: dict = dataclasses.field(default_factory=dict)  # eval.json of the base model itself, {name: row}
 
 
 def read_runs(folder):
@@ -510,6 +556,17 @@ def run_folders(folder):
     return [place for place in found.values() if place]
 
 
+def read_untrained(folder):
+    """{base_model_sha256: {name: row}} of base models themselves: of each eval.json below a folder without a run.json."""
+    found = {}
+    for file in sorted(Path(folder).rglob("eval.json")):
+        if not file.with_name("run.json").exists() and not file.with_name("metrics.jsonl").exists():
+            for name, row in read_run(file.parent).scores.items():
+                if sha256 := row.get("base_model_sha256"):
+                    found.setdefault(sha256, {})[name] = row
+    return found
+
+
 def read_run(folder):
     """The Run in a folder, also of one that has not been asked anything."""
     folder = Path(folder)
@@ -523,8 +580,8 @@ def read_run(folder):
     return Run(folder, read_lineage(folder), scores)
 
 
-def grids_of(runs):
-    """A Grid for each base model, told apart by what they are.
+def grids_of(runs, untrained):
+    """A Grid for each base model, told apart by what they are; untrained: as read_untrained gives it.
 
     A DataError where runs of a cell do not belong together.
     """
@@ -538,7 +595,8 @@ def grids_of(runs):
     grids = []
     for sha256, of_model in by_model.items():
         namesakes = list(names.values()).count(names[sha256]) > 1
-        grids.append(Grid(names[sha256] + (f"-{sha256[:8]}" if namesakes else ""), cells_of(of_model)))
+        name = names[sha256] + (f"-{sha256[:8]}" if namesakes else "")
+        grids.append(Grid(name, cells_of(of_model), sha256, untrained.get(sha256, {})))
     return sorted(grids, key=lambda grid: grid.name)
 
 
@@ -956,11 +1014,12 @@ def render(name, grid, layout, shown):
     The Stages of each cell that has runs go into the set `shown`.
     """
     table, printed = TABLES[name], paper_figures().cells if grid.name in PAPERS_MODELS else {}
+    sizes = table_sizes(name, grid, layout)
     groups = [layout.with_id if table.with_id else layout.factoid, layout.other]
     columns = []
     for group in groups:
         columns += [*group, "Avg"] if table.averaged and group else group
-    rows, lines, sizes = with_own_text(table.rows, grid), [], set()
+    rows, lines = with_own_text(table.rows, grid), []
     alike = {"row": 0, "column": 1, "": None}[table.lowest]  # the part of a key (row, D_B) that rivals share
     for a in layout.firsts(name):
         if name != "table1":
@@ -971,9 +1030,7 @@ def render(name, grid, layout, shown):
                 continue
             found[row, b] = cell_of(grid, name, a, row, b)
             if found[row, b]:
-                stages, asked = behind(name, a, row, b)
-                shown.add(stages)
-                sizes |= {run.score(asked)[1]["total"] for run in grid.cells[stages].values() if run.score(asked)}
+                shown.add(behind(name, a, row, b)[0])
         means = {key: statistics.mean(cell.values()) for key, cell in found.items() if cell}
         for row in rows:
             texts = []
@@ -983,17 +1040,91 @@ def render(name, grid, layout, shown):
                     if alike is not None and (row, b) in means:
                         rivals = [mean for key, mean in means.items() if key[alike] == (row, b)[alike]]
                         lowest = means[row, b] == min(rivals)
-                    texts.append(show(list(found.get((row, b), {}).values()), printed.get((name, a, row, b)), lowest))
+                    theirs = printed.get((name, a, row, b))
+                    text = show(list(found.get((row, b), {}).values()), theirs, lowest)
+                    texts.append(text + sizes.said(a, row, b))
                 if table.averaged and group:
                     theirs = [printed[name, a, row, b] for b in group if (name, a, row, b) in printed]
                     own = average([found[row, b] for b in group if (row, b) in found])
                     texts.append(show(list(own.values()), statistics.mean(theirs) if theirs else None))
             label = LABELS.get(a, a) if name == "table1" else row_label(row)
             lines.append(f"| {label} | {' | '.join(texts)} |")
-    of = f" of {' or '.join(map(str, sorted(sizes)))} facts" if sizes else ""
-    asked_for = f"({grid.name}: exact match on D_A{of} in %, mean ± standard deviation over seeds)"
+        if name in FAMILIAR and (score := untrained_score(grid, a, found)):
+            texts = [f"{score['accuracy']:.1f}" if found.get(("none", b)) else "" for b in columns]
+            lines.append(f"| {UNTRAINED} | {' | '.join(texts)} |")
+    asked_for = f"({grid.name}: exact match on D_A in %, mean ± standard deviation over seeds{sizes.caption})"
     heading = ["| | " + " | ".join(LABELS.get(b, b) for b in columns) + " |", "| --- |" + " ---: |" * len(columns)]
     return ["", f"**Table {name[-1]}. {table.caption}** {asked_for}", "", *heading, *lines]
+
+
+UNTRAINED = "The base model itself, asked alike *(not in the paper)*"
+
+
+def untrained_score(grid, a, found):
+    """The row of eval.json of the base model itself on the facts of tables 5 and 6; None where it was not asked them.
+
+    found: {(row, D_B): cell} of the table. A DataError where it was asked others than the runs.
+    """
+    name = f"{a}.familiar"
+    alike = [row for row in grid.untrained.values() if row["data"] == name]
+    for row, b in found:
+        for run in grid.cells.get(behind("table5", a, row, b)[0], {}).values():
+            if alike and (score := run.score(name)):
+                same = [mine for mine in alike if mine["data_sha256"] == score[1]["data_sha256"]]
+                if not same or same[0]["precision"] != score[1]["precision"]:
+                    raise DataError(f"{run.folder}: was asked other facts of {name}, or in another precision, than the "
+                                    "base model itself; run evaluate.py on both alike")  # fmt: skip
+                return same[0]
+    return None
+
+
+@dataclass
+class Sizes:
+    """How many facts stand behind the cells of a table."""
+
+    cells: dict  # {(D_A, row, D_B): (facts of D_A asked, examples of D_B learned, passages too few)}
+
+    @property
+    def usual(self):
+        """What most cells have, passages aside."""
+        return Counter(size[:2] for size in self.cells.values()).most_common(1)[0][0] if self.cells else None
+
+    @property
+    def caption(self):
+        if not self.cells:
+            return ""
+        asked, learned = self.usual
+        return f"; {asked} facts of D_A, {learned} examples of D_B where a cell says no other number"
+
+    def said(self, a, row, b):
+        """What of a cell differs from what the caption says."""
+        if (a, row, b) not in self.cells:
+            return ""
+        (asked, learned, few), usual = self.cells[a, row, b], self.usual
+        differing = [f"{asked} facts"] * (asked != usual[0]) + [f"D_B {learned}"] * (learned != usual[1])
+        return f" ({', '.join([*differing, *few])})" if differing or few else ""
+
+
+def table_sizes(name, grid, layout):
+    """The Sizes of a table."""
+    sizes, table = Sizes({}), TABLES[name]
+    columns = [*(layout.with_id if table.with_id else layout.factoid), *layout.other]
+    for a, row, b in itertools.product(layout.firsts(name), with_own_text(table.rows, grid), columns):
+        stages, asked = behind(name, a, row, b)
+        for run in grid.cells.get(stages, {}).values() if b != a else []:
+            if score := run.score(asked):
+                sizes.cells[a, row, b] = (score[1]["total"], run.lineage[-1]["num_examples"], few_passages(run.lineage))
+    return sizes
+
+
+def few_passages(lineage):
+    """For each stage whose mix was shorter than its ratio asks for, how many passages it had."""
+    few = []
+    for entry in lineage:
+        wanted = round(entry["mix_ratio"] * entry["num_examples"]) if entry["mix"] != "none" else 0
+        if entry.get("num_mix", wanted) < wanted:
+            few.append(f"{entry['num_mix']} passages of {entry['mix']}")
+    return few
 
 
 def chains_table(grid, cells, starts):
@@ -1007,7 +1138,8 @@ def chains_table(grid, cells, starts):
         runs = [run for _, run in sorted(cell.items())]
         names = set_names(runs[0].lineage)
         first, last = names[0], names[-1]
-        above = f"{grid.name}, {', then '.join(names)}: exact match in %".replace("|", r"\|")
+        learned = [f"{name} ({entry['num_examples']})" for name, entry in zip(names, runs[0].lineage)]
+        above = f"{grid.name}, {', then '.join(learned)}: exact match in %".replace("|", r"\|")
         if above != heading:
             heading = above
             titles = [f"{first} after stage 1", f"{first} at the end", f"{last} at the end"]
@@ -1018,7 +1150,8 @@ def chains_table(grid, cells, starts):
         begun = {record(run.lineage[:1]): after_stage_1(run, starts) for run in runs}
         before = [accuracy for accuracy in begun.values() if accuracy is not None]
         at_end = [show(list(accuracies(grid, stages, name).values())) for name in (first, last)]
-        label = label_of(stages).replace("|", r"\|")
+        few = few_passages(runs[0].lineage)
+        label = (label_of(stages) + (f" ({', '.join(few)})" if few else "")).replace("|", r"\|")
         lines.append(f"| {label} | {mean_steps(runs)} | {mean_losses(runs)} | {show(before)} | {' | '.join(at_end)} | "
                      f"{len(runs)} |")  # fmt: skip
     return lines
@@ -1098,7 +1231,7 @@ def tables(folder):
     starts = {record(run.lineage): run for run in runs}
     say_unasked(runs, starts)
     lines, laid_out, compared = [], False, []
-    for grid in grids_of(runs):
+    for grid in grids_of(runs, read_untrained(folder)):
         layout, shown, images = layout_of(grid), set(), []
         if layout.first or layout.familiar:
             laid_out = True
@@ -1113,6 +1246,7 @@ def tables(folder):
                 rest[stages] = asked
         lines += chains_table(grid, rest, starts)
         compared += controls(grid)
+        lines += overlap_tables(grid, folder)
         if rest and not layout.first:
             images += [draw_retention(rest, starts, folder / f"retention-{grid.name}.png")]
         lines += ["", *[f"![{Path(name).stem}]({quote(name)})" for name in images]]
@@ -1179,6 +1313,111 @@ def ledger(runs, starts, folder):
                 if place in lost_ones:
                     row |= {"prediction": fact["prediction"], "in_place": lost_ones[place].in_place}
                 yield row
+
+
+# ---------------------------------------------------------------- overlap
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Examples that runs were trained on or asked, as their records name them."""
+
+    name: str  # a data name
+    n: int  # its first n
+    words: int  # of a passage
+    sha256: str
+    base_model: BaseModel
+
+    def load(self, data):
+        examples, sha256 = load_examples(self.name, self.n, data, self.words, base_model=self.base_model)
+        if sha256 != self.sha256:
+            raise DataError(f"{self.name} in {data}/: its first {self.n} lines are not those that the runs were trained "
+                            "on; give the folder that holds them with --data-dir")  # fmt: skip
+        return examples
+
+    @property
+    def label(self):
+        mixing = self.name in SETS and SETS[self.name].kind == "mixing"
+        return set_label(self.name) + (f", {self.words} words" if mixing else "")
+
+
+def learned_by(entry, words=0):
+    """The Texts of a stage's own set."""
+    return Texts(stage_set(entry), entry["num_examples"], words, entry["data_sha256"], BaseModel.of(entry))
+
+
+def overlap_pairs(runs):
+    """[(facts, texts)] to be compared of some runs of one base model: every set of facts that was learned, or asked as
+    familiar, with every mix; and each D_A with what came after it. Of one kind of mix the longest, which begins with
+    the others."""
+    facts, mixes, chains = {}, {}, {}
+    for run in runs:
+        for entry in run.lineage:
+            if is_factoid(set_label(entry["data"])):
+                facts.setdefault(entry["data_sha256"], learned_by(entry))
+            kind = (entry["mix"], entry["mix_words"])
+            if entry["mix"] != "none" and (kind not in mixes or mixes[kind].n < entry["num_mix"]):
+                mixes[kind] = Texts(entry["mix"], entry["num_mix"], entry["mix_words"], entry["mix_sha256"], None)
+        for row in run.scores.values():
+            if row["data"].endswith(".familiar"):
+                asked = Texts(row["data"], row["total"], 0, row["data_sha256"], BaseModel.of(run.lineage[0]))
+                facts.setdefault(asked.sha256, asked)
+        first, *later = run.lineage
+        for entry in later if is_factoid(set_label(first["data"])) else []:
+            chains[first["data_sha256"], entry["data_sha256"]] = (learned_by(first), learned_by(entry))
+    by_name = lambda texts: (in_order([texts.label.partition(",")[0].partition(".")[0]]), texts.label, texts.n)
+    pairs = list(itertools.product(sorted(facts.values(), key=by_name), sorted(mixes.values(), key=by_name)))
+    return [*pairs, *sorted(chains.values(), key=lambda pair: (by_name(pair[0]), by_name(pair[1])))]
+
+
+def keep_overlap(folder, data):
+    """Count for each pair which facts have subject and answer in one of the texts (appendix B.6); kept as overlap.jsonl
+    in folder, where --tables finds it. What was counted before is not counted again."""
+    file, rows = Path(folder) / "overlap.jsonl", []
+    before = {(row["facts_sha256"], row["texts_sha256"]): row for row in read_rows(file)} if file.exists() else {}
+    load, pairs = functools.cache(Texts.load), []
+    for grid in grids_of(read_runs(folder), {}):
+        pairs += overlap_pairs(runs_of(grid))
+    for facts, texts in progress_bar(list(dict.fromkeys(pairs)), desc="overlap", unit=" pairs"):
+        row = before.get((facts.sha256, texts.sha256))
+        if not row:
+            asked = [fact for fact in load(facts, data) if "messages" not in fact]
+            found = overlap(asked, subjects_of(facts.name, data), load(texts, data))
+            row = {"facts": facts.label, "n_facts": len(asked), "texts": texts.label, "n_texts": texts.n,
+                   "facts_sha256": facts.sha256, "texts_sha256": texts.sha256,
+                   "found": [fact["id"] for fact, _, _ in found]}  # fmt: skip
+        rows.append(row)
+    write_lines(file, rows)
+    print(f"{file}: {len(rows)} pairs of facts and texts")
+
+
+def runs_of(grid):
+    """A Grid's Runs."""
+    runs = []
+    for cell in grid.cells.values():
+        runs += cell.values()
+    return runs
+
+
+def overlap_tables(grid, folder):
+    """Lines of Markdown of the overlap between what a model's runs were trained on, as far as it was counted."""
+    file = folder / "overlap.jsonl"
+    counted = {(row["facts_sha256"], row["texts_sha256"]): row for row in read_rows(file)} if file.exists() else {}
+    shares, lines = {}, []
+    for facts, texts in overlap_pairs(runs_of(grid)) if counted else []:
+        if row := counted.get((facts.sha256, texts.sha256)):
+            passages = texts.base_model is None
+            share = 100 * len(row["found"]) / row["n_facts"] if row["n_facts"] else 0.0
+            text = f"{share:.2f}" if share <= 100 * OVERLAP_LIMIT else f"**{share:.2f}**"
+            shares.setdefault(passages, {}).setdefault(f"{facts.label} ({row['n_facts']})", {})[texts.label] = text
+    for passages, rows in sorted(shares.items(), reverse=True):
+        what = "a passage of D_M" if passages else "an example of what came after it"
+        columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+        lines += ["", f"**Overlap** ({grid.name}: % of the facts that were trained on or asked whose subject and answer "
+                  f"stand in {what}, appendix B.6; bold above the paper's {100 * OVERLAP_LIMIT:.1f})", ""]  # fmt: skip
+        lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        lines += [f"| {facts} | {' | '.join(row.get(column, '') for column in columns)} |" for facts, row in rows.items()]
+    return lines
 
 
 # ---------------------------------------------------------------- claims
@@ -1541,21 +1780,28 @@ def main():
     parser.add_argument("--lost", action="store_true",
                         help="print all facts of earlier stages that were forgotten; asks only what was not asked "
                              "before")  # fmt: skip
-    parser.add_argument("--split", metavar="NAME",
-                        help="sort a set's facts into those that the base model CKPT knows and those it does "
+    parser.add_argument("--split", metavar="NAME", nargs="+",
+                        help="sort sets' facts into those that the base model CKPT knows and those it does "
                              "not")  # fmt: skip
     parser.add_argument("--shots", type=int, default=SHOTS,
                         help=f"with --split: facts shown before each question (default: {SHOTS})")  # fmt: skip
     parser.add_argument("--num-examples", type=int, metavar="N",
                         help="only the first N of each set, kept under a name of its own (default: all that its stage "
                              f"learned, of others {MOST}); with --split: only the first N")  # fmt: skip
+    parser.add_argument("--fewer", action="store_true", help="with --num-examples: or as many as there are")
     parser.add_argument("--data-dir", default="data", help="folder of flat files (default: data)")
+    parser.add_argument("--out", metavar="DIR", help="folder for eval.json and the predictions (default: CKPT)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
                         help="of the arithmetic; auto: as CKPT was trained, for a base model the faster type on this "
                              "machine (default: auto)")  # fmt: skip
     parser.add_argument("--tables", metavar="RUNS",
                         help="print the tables of the finished runs below this folder, draw the figures")  # fmt: skip
+    parser.add_argument("--overlap", metavar="RUNS",
+                        help="count which of their facts stand in a text that the finished runs below this folder were "
+                             "trained on (appendix B.6), for their tables")  # fmt: skip
     args = parser.parse_args()
+    if args.overlap:
+        return keep_overlap(args.overlap, args.data_dir)
     if args.tables:
         return print(tables(args.tables))
     if not args.checkpoint:
@@ -1569,24 +1815,21 @@ def main():
     if args.split:
         if lineage:
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
-        tokenizer, model, rank = open_checkpoint(args, lineage)
-        base_model = base_of(args.checkpoint, lineage)
-        split(base_model, model, tokenizer, args.split, args.num_examples, args.shots, args.data_dir, rank,
-              args.precision)  # fmt: skip
-        return end_process_group()
+        return split_all(args)
     sets = chosen_sets(args, lineage)
     if args.lost:
-        run = read_run(args.checkpoint)
+        run = read_run(args.out or args.checkpoint)
         answers = {wanted.name: predictions(args.checkpoint, wanted.name) or [] for wanted in sets}
         sets = [wanted for wanted in sets if not run.score(wanted.name) or len(answers[wanted.name]) < wanted.of]
     rank = int(os.environ.get("RANK", 0))
     if sets:
         tokenizer, model, rank = open_checkpoint(args, lineage)
-        results = evaluate(args.checkpoint, model, tokenizer, sets, args.precision, rank)
+        base_model = None if lineage else base_of(args.checkpoint, lineage)
+        results = evaluate(args.out or args.checkpoint, model, tokenizer, sets, args.precision, rank, base_model)
         if rank == 0:
             say_results(results, args.precision)
         end_process_group()
-    if rank == 0 and not args.data and not args.num_examples:
+    if rank == 0 and not args.data and not args.num_examples and not args.out:
         found = forgotten(read_run(args.checkpoint), lambda stage: folder_of_stage(lineage, stage))
         for of_set in found:
             say_forgotten(of_set, args.lost)
@@ -1594,10 +1837,22 @@ def main():
             print(f"{args.checkpoint}: no stage before its last learned facts, so none are forgotten")
 
 
+def split_all(args):
+    """--split: sort the sets' facts; the model is loaded only where some were not sorted before."""
+    base_model, to_do = base_of(args.checkpoint, []), False
+    for name in args.split:
+        to_do = to_do or not Sorting.of(base_model, name, args.num_examples, args.shots, args.data_dir).done
+    tokenizer, model, rank = open_checkpoint(args, []) if to_do else (None, None, int(os.environ.get("RANK", 0)))
+    for name in args.split:
+        split(base_model, model, tokenizer, name, args.num_examples, args.shots, args.data_dir, rank, args.precision)
+    if to_do:
+        end_process_group()
+
+
 def chosen_sets(args, lineage):
     """The FactSets that the command line means."""
     if args.data:
-        return named_sets(args.data, args.num_examples, args.checkpoint, lineage, args.data_dir)
+        return named_sets(args.data, args.num_examples, args.checkpoint, lineage, args.data_dir, args.fewer, args.out)
     if not lineage:
         raise DataError(f"{args.checkpoint}: no run.json, so no stages to ask about; name sets with --data")
     sets = stage_sets(lineage, args.data_dir)

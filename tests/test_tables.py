@@ -170,7 +170,7 @@ def test_base_models_are_what_they_are(grid):
         lineage = [entry(data, 4, 2, base_model_name=name, base_model_sha256=sha256) for data in ("kvr", "webqa")]
         put(grid / folder, lineage, [1, 0, 0, 0])
     text = tables(grid)
-    assert "hf-aaaaaaaa, kvr, then webqa" in text and "hf-bbbbbbbb, kvr, then webqa" in text and "snapshot" not in text
+    assert "hf-aaaaaaaa, kvr (4), then webqa (4)" in text and "hf-bbbbbbbb, kvr (4), then webqa (4)" in text and "snapshot" not in text
     assert "58.3 ± 28.9 <sub>33.8</sub>" in text  # 75, 75 and 25 after WebQA
 
 
