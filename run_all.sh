@@ -2,9 +2,9 @@
 # The experiment's grid as plain loops.
 #
 #   bash run_all.sh                 every table and figure of the paper, on Llama-3-8B and Mistral-7B-v0.3
-#   bash run_all.sh --dry-run       only the plan: runs by table, done and to do, steps, tokens, hours, disk
+#   bash run_all.sh --dry-run       only the plan: runs and GPU-hours by table, steps, disk, what is known to fall short
 #   bash run_all.sh --small         the same grid on SmolLM2 with few facts; k-pile becomes pydoc unless data/ has it
-#   bash run_all.sh --tiny          the same grid on models/tiny with one set of each kind, as the tests run it in a minute
+#   bash run_all.sh --tiny          the same grid on two toys with one set of each kind (python tests/tiny.py FOLDER makes them)
 #   bash run_all.sh --demo          memorize, interfere, measure: a small real model on any machine, in minutes
 #   bash run_all.sh --demo FILE     the same with facts of your own, 8 to 500 in any form that data.py reads
 #   bash run_all.sh --demo full     more facts, and three rows more: longer training, generic text at stage 2
@@ -12,7 +12,9 @@
 #
 # The demo takes --seeds "0 1 2" and --runs FOLDER too (runs/demo, runs/demo-full or runs/demo-FILE-ITS_CONTENT).
 # The grid's options: --only TABLE (table1 ... figure11), --shard i/n (i from 0; a SLURM array's task otherwise), --seeds "0 1 2",
-# --facts "kvr popqa" (the sets D_A), --num-examples N, --model FOLDER (in the place of both), --keep (the last stages' weights), --unfiltered, --runs FOLDER.
+# --facts "kvr popqa" (the sets D_A), --num-examples N, --model FOLDER (in the place of both), --keep (the last stages' weights), --unfiltered, --runs FOLDER,
+# --fewer (take what there is where a set has less), --gpu-tflops N (of the plan's hours). Familiar facts are sorted out for each model before its first run.
+# A run that fails is noted, and those that do not need it go on; the end lists them, and the same command tries them again. RUN/log has what a run printed.
 # Processes that share a file system share the grid: a run is locked by whoever trains it. EXTRA holds more arguments for train.py.
 #
 # Each grid has a folder of its own, runs/paper, runs/small or runs/tiny, and its tables are of the runs in there.
@@ -42,8 +44,23 @@ end_watcher() {  # it has nothing to save or say
 }
 clean_up() { end_watcher; rm -rf "$tmp"; }
 attend() {
-  if [ -n "${log-}" ]; then "$@" >> "$log" & else "$@" & fi
-  wait $!
+  local out tee child status=0
+  if [ -z "${log-}" ]; then
+    "$@" &
+    wait $!
+  elif [ -n "$demo" ]; then
+    "$@" >> "$log" &
+    wait $!
+  else  # a run's output goes to its log too, where the end finds why it failed
+    exec {out}> >(exec tee -ai "$log")
+    tee=$!
+    "$@" >&$out 2>&1 &
+    child=$!
+    exec {out}>&-
+    wait $child || status=$?
+    wait $tee 2> /dev/null || true
+    return $status
+  fi
 }
 tmp=$(mktemp -d) watcher=
 trap 'stop INT' INT
@@ -78,7 +95,7 @@ choose_precision() {
 
 # plan TABLES FOLDER FOLDER_NEEDED|- train.py's arguments: a line of the plan, the arguments between unit separators.
 plan() {
-  local IFS=$' ' words=("${@:4}" $unfiltered $EXTRA)
+  local IFS=$' ' words=("${@:4}" $unfiltered $fewer $EXTRA)
   IFS=$'\x1f'
   printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${words[*]}"
 }
@@ -192,13 +209,17 @@ controls() {
   done
 }
 
+# A run stands in every table and figure that shows it, and in no other: --only trains what one of them needs.
 grid() {
   local a b c at r mix seed
   for seed in $seeds; do
     for a in $sets_a; do
-      pairs table1,table2,table4,figure9,figure10,figure2 "$llama" $a - - "id $factoid $other"
+      pairs table1,table2,figure9 "$llama" $a - - id
+      pairs table1,table2,table4,figure2,figure9 "$llama" $a - - "$factoid"
+      pairs table1,table2,table4,figure2,figure10 "$llama" $a - - "$other"
       for mix in "random -" "$generic -" "- random" "- $generic" "random $generic"; do
-        pairs table2,figure9,figure10 "$llama" $a ${mix% *} ${mix#* } "id $factoid $other"
+        pairs table2,figure9 "$llama" $a ${mix% *} ${mix#* } "id $factoid"
+        pairs table2,figure10 "$llama" $a ${mix% *} ${mix#* } "$other"
       done
       controls table2 "$llama" $a "id $factoid $other"
       at=$runs/$(basename "$llama")/$a-s$seed
@@ -215,22 +236,34 @@ grid() {
         first table6 "$mistral" "$b$(plus $mix)+familiar" --data $b --tag familiar --batch-size 128 $(mixed $mix)
       done
     done
-    for mix in a-pile fineweb; do
-      [ -z "$sources" ] || pairs figure5 "$llama" kvr - $mix "id $factoid"
-      [ -z "$sources" ] || pairs figure5 "$llama" kvr random $mix "id $factoid"
+    for a in $sets_a; do  # the probes' checkpoints; figure 11 is of the first set, figure 12 of the other
+      [ $a = popqa ] || for mix in "- -" "random $generic" "$generic -"; do
+        pairs figure4,$([ $a = "${sets_a%% *}" ] && echo figure11 || echo figure12) "$llama" $a $mix "${factoid%% *}"
+      done
+    done
+    [[ " $sets_a " = *" kvr "* ]] || continue
+    for mix in "- -" "- $generic" "random $generic" "- a-pile" "random a-pile" "- fineweb" "random fineweb"; do
+      [ -z "$sources" ] || pairs figure5 "$llama" kvr $mix "id $factoid"
     done
     at=$runs/$(basename "$llama")
+    pairs figure6 "$llama" kvr random - "$factoid"
+    pairs figure6 "$llama" kvr - $generic "$factoid"
     for r in $lengths; do  # words of a passage
       first figure6 "$llama" kvr+random.w$r --data kvr --mix random --mix-words $r --tag mix_words
       for b in $factoid; do
+        [ $b != kvr ] || continue
         later figure6 "$at/kvr+random.w$r-s$seed" $b --data $b
         later figure6 "$at/kvr-s$seed" $b+$generic.w$r --data $b --mix $generic --mix-words $r --tag mix_words
       done
+    done
+    for mix in "- -" "random -" "$generic -" "- random" "- $generic"; do
+      pairs figure7 "$llama" kvr $mix "id $factoid $other"
     done
     for r in $ratios; do
       for mix in random $generic; do
         first figure7 "$llama" kvr+$mix.x$r --data kvr --mix $mix --mix-ratio $r --tag mix_ratio
         for b in kvr-id $factoid $other; do
+          [ $b != kvr ] || continue
           later figure7 "$at/kvr+$mix.x$r-s$seed" $b --data $b
           later figure7 "$at/kvr-s$seed" $b+$mix.x$r --data $b --mix $mix --mix-ratio $r --tag mix_ratio
         done
@@ -246,46 +279,113 @@ grid() {
         stage=3 later figure8 "$at/kvr+random-s$seed/$b$(plus $mix)-s$seed" $c$(plus $r) --data $c $(mixed $r)
       done
     done
-    for a in $sets_a; do  # the probes' checkpoints
-      [ $a = popqa ] || for mix in "- -" "random $generic" "$generic -"; do
-        pairs figure4,figure11,figure12 "$llama" $a $mix "${factoid%% *}"
-      done
-    done
   done
 }
 
-# Is a run evaluated, and probed if figure 4, 11 or 12 shows it?
-finished() { [ -e "$1/eval.json" ] && { [[ ${tables_of[$1]} != *figure4* || ! -e $code/probe.py ]] || compgen -G "$1/probe.*.json" > /dev/null; }; }
+# ---------------------------------------------------------------- the runner
+
+# Is a run evaluated, and probed if a figure that is asked for shows that?
+finished() { [ -e "$1/eval.json" ] && { ! probed "$1" || compgen -G "$1/probe.*.json" > /dev/null; }; }
+probed() { [[ ${tables_of[$1]} = *figure4* && ,figure4,figure11,figure12, = *,${only:-figure4},* && -e $code/probe.py ]]; }
 # The weights of a last stage go: no other run starts from them.
 clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || rm -f "$1"/model*.safetensors* "$1/manifest.json"; }
+
+# argument FOLDER NAME: what a run's arguments give for an option; base_of FOLDER: the base model that it goes back to.
+argument() {
+  [[ $'\x1f'${args_of[$1]}$'\x1f' =~ $'\x1f'$2$'\x1f'([^$'\x1f']*)$'\x1f' ]] && echo "${BASH_REMATCH[1]}"
+}
+base_of() {
+  local folder=$1
+  while [ "${needs_of[$folder]}" != - ]; do folder=${needs_of[$folder]}; done
+  argument "$folder" --model
+}
+
+# hold FILE WAIT: lock it, as $lock; the children inherit it, so it is held until they too have ended. 75: another process has it,
+# and WAIT was 0.
+hold() {
+  mkdir -p "$(dirname "$1")" && exec {lock}> "$1" || return
+  if [ "$2" = 0 ] && ! flock -n $lock; then
+    exec {lock}>&-
+    return 75
+  fi
+  attend flock $lock
+}
+
+# sort_facts MODEL SET WAIT: which facts of a published set are familiar to a base model (section 2.1), once for all its runs.
+sort_facts() {
+  local lock model=$1 status=0 at="$runs/$(basename "$1")/split-$2"
+  [[ " $published " = *" $2 "* && -z ${sorted[$model/$2]-} ]] || return 0
+  [ -z "${failed[$at]-}" ] || return 1
+  hold "$at.lock" "$3" || return
+  local log=$at.log
+  attend "${launch[@]}" "$code/evaluate.py" "$model" --split "$2" $precision || status=$?
+  exec {lock}>&-
+  if [ $status = 0 ]; then sorted[$model/$2]=yes; else failed[$at]=$(said_last $status "$log"); fi
+  return $status
+}
+
+# said_last STATUS LOG: how a command ended, for the list at the end.
+said_last() { echo "status $1: $(grep -v '^ *$' "$2" 2> /dev/null | tail -n 1 | cut -c 1-300)"; }
 
 # finish FOLDER WAIT: train, evaluate and probe a run after those it needs. 75: another process is at it, and WAIT was 0.
 # errexit does not hold in here, so each step says where it leads to.
 finish() {
-  local folder=$1 wait=$2 args before needed lock asked=
+  local folder=$1 wait=$2 before needed lock status data
+  [ -z "${failed[$folder]-}" ] || return 1
   if finished "$folder"; then clean "$folder"; return; fi
-  IFS=$'\x1f' read -ra args <<< "${args_of[$folder]}"
-  before=("${needs_of[$folder]}")
-  [[ ${args_of[$folder]} =~ --epochs$'\x1f'@([^$'\x1f']*) ]] && before+=("${BASH_REMATCH[1]}")
-  for needed in "${before[@]}"; do [ "$needed" = - ] || finish "$needed" "$wait" || return; done
-  mkdir -p "$folder" && exec {lock}> "$folder/lock" || return  # the child inherits it: held until it too has ended
-  if [ "$wait" = 0 ] && ! flock -n $lock; then exec {lock}>&-; return 75; fi
-  attend flock $lock || return
-  [[ ${args_of[$folder]} != *--tag$'\x1f'familiar* ]] || asked="--data $familiar_a --num-examples $examples"
+  before=("${needs_of[$folder]}" "$(argument "$folder" --epochs | sed -n 's/^@//p')")
+  for needed in "${before[@]}"; do
+    [ "${needed:--}" != - ] || continue
+    finish "$needed" "$wait" && continue
+    status=$?
+    [ $status = 75 ] || failed[$folder]="not tried, as it needs $needed"
+    return $status
+  done
+  for data in $(facts_of "$folder"); do
+    sort_facts "$(base_of "$folder")" $data "$wait" && continue
+    status=$?
+    [ $status = 75 ] || failed[$folder]="not tried, as ${data}'s familiar facts could not be sorted out"
+    return $status
+  done
+  hold "$folder/lock" "$wait" || return
+  status=0
   if ! finished "$folder"; then
-    [ -e "$folder/run.json" ] || attend "${launch[@]}" "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
-    rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
-    [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $asked || return
-    finished "$folder" || attend "${launch[@]}" "$code/probe.py" "$folder" --no-base || return
-    echo "$folder" >> "$runs/finished.log" || return
-    clean "$folder"
+    local log=${log:-$folder/log}
+    carry_out "$folder" || status=$?
+    [ $status = 0 ] || failed[$folder]=$(said_last $status "$log")
   fi
   exec {lock}>&-
+  return $status
+}
+
+# facts_of FOLDER: the sets that must have been sorted before.
+facts_of() {
+  local data
+  data=$(argument "$1" --data)
+  [ -n "$unfiltered" ] || echo "${data%-id}"
+  [[ $(argument "$1" --tag) != familiar ]] || echo "${familiar_a//.familiar/}"
+}
+
+# carry_out FOLDER: all that a run takes, once those it needs are there.
+carry_out() {
+  local folder=$1 args asked=
+  IFS=$'\x1f' read -ra args <<< "${args_of[$folder]}"
+  [[ $(argument "$folder" --tag) != familiar ]] || asked="--data $familiar_a --num-examples $examples $fewer"
+  if [[ ${args[0]} = --ask ]]; then  # the base model itself, as tables 5 and 6 ask what was trained
+    attend "${launch[@]}" "$code/evaluate.py" "$(argument "$folder" --model)" $asked $precision --out "$folder"
+    return
+  fi
+  [ -e "$folder/run.json" ] || attend "${launch[@]}" "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
+  rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
+  [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $asked || return
+  finished "$folder" || attend "${launch[@]}" "$code/probe.py" "$folder" --no-base || return
+  echo "$folder" >> "$runs/finished.log" || return
+  clean "$folder"
 }
 
 run_grid() {
   local tables folder needed args n=0 status lock busy=yes todo=()
-  declare -gA args_of needs_of tables_of parent
+  declare -gA args_of=() needs_of=() tables_of=() parent=() sorted=() failed=()
   mkdir -p "$runs"
   whole > "$tmp/plan"
   while IFS=$'\t' read -r tables folder needed args; do
@@ -300,42 +400,80 @@ run_grid() {
     : > "$tmp/said"
     log=$runs/log
     for folder in "${todo[@]}"; do [ -n "${parent[$folder]-}" ] || ! finished "$folder" || { say_rows; break; }; done
-  else  # a finished run of other settings is none of this grid's
-    "$python" "$code/train.py" --plan < "$tmp/plan" > /dev/null & wait $!
+  else
+    [ ! -t 2 ] || export PROGRESS=/dev/tty
+    add_base_models
+    say_plan < "$tmp/plan"  # a finished run of other settings is none of this grid's
   fi
   while [ -n "$busy" ]; do  # do what nobody is at; wait for one that somebody is at; again
     busy=
     for folder in "${todo[@]}"; do
       [ -z "$demo" ] || ! finished "$folder" || continue
-      finish "$folder" 0 || { status=$?; [ $status = 75 ] || exit $status; busy=${busy:-$folder}; continue; }
-      [ -z "$demo" ] || [ -n "${parent[$folder]-}" ] || say_rows
+      status=0
+      finish "$folder" 0 || status=$?
+      [ $status != 75 ] || busy=${busy:-$folder}
+      [ $status = 0 ] || [ $status = 75 ] || [ -z "$demo" ] || exit $status
+      [ $status != 0 ] || [ -z "$demo" ] || [ -n "${parent[$folder]-}" ] || say_rows
     done
-    [ -z "$busy" ] || finish "$busy" 1 || exit
+    [ -z "$busy" ] || finish "$busy" 1 || [ -z "$demo" ] || exit
   done
   if [ -n "$demo" ]; then
     say_rows
     say_end
     return
   fi
-  exec {lock}> "$runs/lock"
-  attend flock $lock
+  hold "$runs/lock" 1
   rm -f "$runs"/*.tmp
-  attend "$python" "$code/evaluate.py" --tables "$runs"
+  status=0
+  attend "$python" "$code/evaluate.py" --overlap "$runs" || status=$?
+  attend "$python" "$code/evaluate.py" --tables "$runs" || status=$?
+  say_failed
+  [ $status = 0 ] && [ ${#failed[@]} = 0 ] || exit 1
 }
 
-seeds= default_seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= dry= EXTRA=${EXTRA-} precision= demo= own= of_grid= log= grid_of=grid
+# Each base model is asked the familiar facts too: its runs of tables 5 and 6 can forget no more than it knows so.
+add_base_models() {
+  local folder model
+  for folder in "${todo[@]}"; do
+    model=$(base_of "$folder")
+    [ -e "$model/config.json" ] || { echo "run_all.sh: $model: no such model; put its Hugging Face folder there, or give --model FOLDER, or --only a table of the other" >&2; exit 2; }
+    [[ ,${tables_of[$folder]}, =~ ,table[56], && -z ${args_of[$runs/$(basename "$model")/base]-} ]] || continue
+    folder=$runs/$(basename "$model")/base
+    args_of[$folder]=$'--ask\x1f--model\x1f'$model$'\x1f--tag\x1ffamiliar' needs_of[$folder]=- tables_of[$folder]=table5,table6
+    todo+=("$folder")
+  done
+}
+
+# Slices of another size than 2,000 are cut before anything is built with that.
+cut_slices() {
+  local name missing=
+  for name in $published; do [ -e "data/$name.jsonl" ] || missing+=" $name"; done
+  [ -z "$slice" ] || [ -z "$missing" ] || attend "$python" "$code/data.py" $missing --slice $slice >&2
+}
+
+say_plan() { "$python" "$code/train.py" --plan $gpu_tflops --asked $familiar_a <&0 & wait $!; }
+
+say_failed() {
+  local folder
+  [ ${#failed[@]} = 0 ] || echo "run_all.sh: ${#failed[@]} runs failed or were not tried; the same command tries them again:" >&2
+  for folder in "${!failed[@]}"; do echo "  $folder: ${failed[$folder]}"; done | sort >&2
+}
+
+seeds= default_seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= fewer= gpu_tflops= slice= dry= EXTRA=${EXTRA-} precision= demo= own= of_grid= log= grid_of=grid
 facts=kvr n_facts=24 epochs=14 people="--num-examples 24 --batch-size 8 --lr 1.5e-4 --epochs 12 --eval-every 6"  # the demo's
 llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper examples=2000 shape= pace= later_pace= generic=k-pile sources=yes
 launch=("$python")
 [ -z "${LAUNCH-}" ] || read -ra launch <<< "$LAUNCH"
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
+published="popqa triviaqa lama entityqa webqa"  # of whose facts a base model knows some
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
-usage() { sed -n '2,23s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
+usage() { sed -n '2,25s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case "$1" in
     --demo) demo=short grid=demo grid_of=demo_grid llama=$smollm2 default_seeds=0 keep=yes shard=0/1 ;;
     --demo-model) demo_model; exit ;;
-    --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered of_grid=yes ;;
+    --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered of_grid=yes ;; --fewer) fewer=--fewer of_grid=yes ;;
+    --gpu-tflops) [ $# -gt 1 ] || usage; gpu_tflops="--gpu-tflops $2" of_grid=yes; shift ;;
     --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
     --only | --shard) [ $# -gt 1 ] || usage; declare "${1#--}=$2" of_grid=yes; shift ;;
     --facts) [ $# -gt 1 ] || usage; sets_a=$2 of_grid=yes; shift ;;
@@ -348,7 +486,7 @@ while [ $# -gt 0 ]; do
       generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
     --tiny)
-      of_grid=yes grid=tiny llama=models/tiny mistral=models/tiny examples=10 shape="--batch-size 10 --lr 1e-1 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
+      of_grid=yes grid=tiny llama=models/tiny-llama mistral=models/tiny-mistral slice=10 published="popqa triviaqa lama entityqa" examples=10 shape="--batch-size 10 --lr 3e-2 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
       default_seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
     full)
       [ -n "$demo" ] || usage
@@ -364,8 +502,9 @@ done
 seeds=${seeds:-$default_seeds} runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
 [[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
 [ -z "$own" ] || own_facts "$own"
+cut_slices
 if [ -n "$dry" ]; then
-  whole | "$python" "$code/train.py" --plan
+  whole | say_plan
 else
   [ "$llama" != $smollm2 ] || demo_model
   if [ -z "$precision" ]; then choose_precision "$runs" "$([ -e "$llama/config.json" ] && echo "$llama" || echo "$mistral")"; fi
