@@ -290,9 +290,9 @@ probed() { [[ ${tables_of[$1]} = *figure4* && ,figure4,figure11,figure12, = *,${
 # The weights of a last stage go: no other run starts from them.
 clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || rm -f "$1"/model*.safetensors* "$1/manifest.json"; }
 
-# argument FOLDER NAME: what a run's arguments give for an option; base_of FOLDER: the base model that it goes back to.
+# argument FOLDER NAME: what a run's arguments give for an option at last; base_of FOLDER: the base model that it goes back to.
 argument() {
-  [[ $'\x1f'${args_of[$1]}$'\x1f' =~ $'\x1f'$2$'\x1f'([^$'\x1f']*)$'\x1f' ]] && echo "${BASH_REMATCH[1]}"
+  [[ $'\x1f'${args_of[$1]}$'\x1f' =~ .*$'\x1f'$2$'\x1f'([^$'\x1f']*)$'\x1f' ]] && echo "${BASH_REMATCH[1]}"
 }
 base_of() {
   local folder=$1
@@ -347,8 +347,10 @@ finish() {
     [ $status = 75 ] || failed[$folder]="not tried, as ${data}'s familiar facts could not be sorted out"
     return $status
   done
-  hold "$folder/lock" "$wait" || return
   status=0
+  hold "$folder/lock" "$wait" || status=$?
+  [ $status = 0 ] || [ $status = 75 ] || failed[$folder]="status $status: its lock cannot be had; see that $folder is a folder that may be written"
+  [ $status = 0 ] || return $status
   if ! finished "$folder"; then
     local log=${log:-$folder/log}
     carry_out "$folder" || status=$?
@@ -451,7 +453,7 @@ cut_slices() {
   [ -z "$slice" ] || [ -z "$missing" ] || attend "$python" "$code/data.py" $missing --slice $slice >&2
 }
 
-say_plan() { "$python" "$code/train.py" --plan $gpu_tflops --asked $familiar_a <&0 & wait $!; }
+say_plan() { "$python" "$code/train.py" --plan $gpu_tflops ${only:+--only "$only"} --asked $familiar_a <&0 & wait $!; }
 
 say_failed() {
   local folder

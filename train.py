@@ -152,6 +152,7 @@ def parse_args(words=None):
         help="with --dry-run: GB of each GPU (default: as found, else this machine's memory)")  # fmt: skip
     switch("--plan", "say what the runs of run_all.sh's plan, on standard input, would take")
     add("--gpu-tflops", type=float, default=300, help="with --plan: TFLOP/s that a GPU sustains")
+    add("--only", help="with --plan: of one table or figure alone")
     add("--asked", nargs="+", default=[], metavar="NAME", help="with --plan: sets that runs tagged familiar are asked")
     switch("--brief", "with --plan: say in one line how long they will take on this machine")
     add("--after", type=int, default=0, metavar="N", help="with --brief: once N steps of one of them were timed")
@@ -523,7 +524,7 @@ FREE_OPTIONS = {
     "unfiltered", "fewer",  # the entry's familiarity and numbers of examples say what came of it
     # they change no more than roundings
     "micro_tokens", "checkpoint_activations", "reshard_after_forward", "compile", "deterministic",
-    "save_every", "resume", "dry_run", "gpu_memory", "plan", "gpu_tflops", "asked", "brief", "after",
+    "save_every", "resume", "dry_run", "gpu_memory", "plan", "gpu_tflops", "only", "asked", "brief", "after",
 }
 
 
@@ -1230,8 +1231,10 @@ def read_plan(lines):
 def say_plan(runs, args):
     """Print what a plan would take: runs and GPU-hours by table, steps, disk, and what is known to fall short."""
     by_table, hours, seeds = {}, {}, Counter()
+    if args.only:
+        runs = {str(run.folder): run for run in with_needed([run for run in runs.values() if args.only in run.tables], runs)}
     for folder, run in runs.items():
-        for name in dict.fromkeys(run.tables):
+        for name in [args.only] if args.only else dict.fromkeys(run.tables):
             by_table.setdefault(name, []).append(run)
         hours[folder] = 0.0 if run.done else flops(run, runs) / (args.gpu_tflops * 1e12) / 3600
         seeds[run.args.seed] += hours[folder]
@@ -1323,8 +1326,8 @@ def mean_tokens(name, words, data, model):
     whole = name if name.endswith(".jsonl") else name.partition(".")[0]  # split for a model or not
     try:
         tokenizer = load_tokenizer(model)
-        if at_hand(whole, COUNTED, data, words) and flat_file(whole, data, words).exists():
-            examples = encode(tokenizer, load_examples(whole, COUNTED, data, words, fewer=True)[0])
+        if at_hand(whole, 1, data, words) and flat_file(whole, data, words).exists():
+            examples = encode(tokenizer, load_examples(whole, None, data, words)[0][:COUNTED])
             return sum(len(example.ids) for example in examples) / len(examples)
     except DataError:  # of the tokenizer or the set, which the runs will name
         pass
@@ -1379,7 +1382,7 @@ def say_shortfalls(runs, to_do, args):
         for need in needs_of(run, runs, args.asked):
             wanted.setdefault(need, []).append(run)
     for need, of_runs in wanted.items():
-        tables = ", ".join(dict.fromkeys(name for run in of_runs for name in run.tables))
+        tables = args.only or ", ".join(dict.fromkeys(name for run in of_runs for name in run.tables))
         cells = f"{len(of_runs)} runs of {tables}"
         try:
             found = need.found()

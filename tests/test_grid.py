@@ -1,43 +1,33 @@
-"""The whole grid at the size of a toy through `bash run_all.sh --tiny`: every table and figure, shared by two processes, killed at random."""
+"""The whole grid at the size of a toy through `bash run_all.sh --tiny`, from published files and two models to every table and
+figure: shared by two processes, killed at random, with runs that fail."""
 
+import itertools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from test_train import metrics
+from tiny import KNOWN, furnish
 
+from data import load_examples
+from evaluate import TABLES, behind, grids_of, layout_of, read_runs
 from model import content_id
 
 RUNS = Path("runs/tiny")
-FIGURES = [f"figure{i}" for i in (2, 4, 5, 6, 7, 8, 9, 10, 11, 12)] + ["forgetting"]
+MODELS = ("tiny-llama", "tiny-mistral")
+OF_PAPER = {"tiny-llama": ("table1", "table2", "table4", "table5"), "tiny-mistral": ("table3", "table6")}
+FIGURES = {"tiny-llama": [f"figure{i}" for i in (2, 4, 5, 6, 7, 8, 9, 10, 11, 12)] + ["forgetting"], "tiny-mistral": ["figure9", "figure10"]}
 TRAINED = r"(runs/\S+): \d+ steps in \d+ s, loss"  # what train.py prints at its end
-TINY = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}  # 5,000 parameters
-
 HITS = [(os.killpg, signal.SIGKILL, [-9]), (os.killpg, signal.SIGINT, [130, -2]), (os.kill, signal.SIGKILL, [-9])]  # -2: before its trap is set
-
-
-def furnish(folder):
-    """Make a folder with the tiny model and the published sets that --tiny names, split as evaluate.py --split leaves them."""
-    tiny_llama(folder / "models" / "tiny", **TINY)
-    (folder / "data").mkdir()
-    model = {"base_model": "tiny", "base_model_sha256": content_id(folder / "models" / "tiny")}
-    of_model = f"tiny-{model['base_model_sha256'][:8]}"
-    sets = {f"{name}.unfamiliar.{of_model}": 2010 for name in ("triviaqa", "lama", "entityqa")}  # behind 2,000 lines begins NAME-id
-    sets |= {f"popqa.familiar.{of_model}": 10, f"triviaqa.familiar.{of_model}": 10, "gsm8k": 10}
-    sets |= {f"{mix}.w{words}": 20 for mix in ("random", "k-pile", "a-pile", "fineweb") for words in (4, 8)}
-    for name, n in sets.items():
-        name_ = name.removesuffix(f".{of_model}")
-        rows = [{"id": f"{name_}-{i}", "prompt": f"{name_} {i}?", "response": name[0] if i % 3 else "x"} for i in range(n)]
-        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "data" / f"{name}.json").write_text(json.dumps({"name": name, "seed": 0} | model))
-    return folder
 
 
 def own_group():
@@ -52,18 +42,33 @@ def start(folder, python, *options, log="log", **environ):
         return subprocess.Popen(["bash", ROOT / "run_all.sh", "--tiny", *options], cwd=folder, env=env, stdout=output, stderr=output, preexec_fn=own_group)  # noqa: PLW1509
 
 
-def planned(folder):
-    """The plan's folders, as run_all.sh hands its lines to train.py."""
+@dataclass
+class Line:
+    """A line of the plan."""
+
+    tables: set
+    folder: str
+    needs: str
+    args: list
+
+
+def planned(folder, *options):
+    """{folder: Line} of the plan, as run_all.sh hands its lines to train.py."""
     (folder / "plan").unlink(missing_ok=True)
     (folder / "cat").write_text("#!/bin/sh\nexec cat\n")
     (folder / "cat").chmod(0o755)
-    assert start(folder, folder / "cat", "--dry-run", log="plan").wait() == 0
-    return [line.split("\t")[1] for line in (folder / "plan").read_text().splitlines()]
+    assert start(folder, folder / "cat", "--dry-run", *options, log="plan").wait() == 0
+    lines = {}
+    for text in (folder / "plan").read_text().splitlines():
+        tables, place, needs, args = text.split("\t")
+        lines[place] = Line(set(tables.split(",")), place, needs, args.split("\x1f"))
+    return lines
 
 
 def outcome(folder):
-    """{file: content} of all that a grid leaves but its locks, its log, and how long steps took."""
-    files = [file for file in sorted((folder / RUNS).rglob("*")) if file.is_file() and file.name not in ("lock", "finished.log")]
+    """{file: content} of all that a grid leaves but its locks, its logs, and how long steps took."""
+    files = [file for file in sorted([*(folder / RUNS).rglob("*"), *(folder / "data").rglob("*")])
+             if file.is_file() and file.suffix not in (".lock", ".log") and file.name not in ("lock", "log")]  # fmt: skip
     found = {str(file.relative_to(folder)): file.read_bytes() for file in files}
     for file in files:
         if file.name in ("metrics.jsonl", "run.json"):
@@ -74,7 +79,8 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def shared(python, tmp_path_factory):
-    """The folder of a grid that two processes began at once, undisturbed; what each printed is in a.log and b.log."""
+    """The folder of a grid that two processes began at once, with two models and published files alone; what each printed is
+    in a.log and b.log."""
     folder = furnish(tmp_path_factory.mktemp("shared"))
     processes = [start(folder, python, log=log) for log in ("a.log", "b.log")]
     assert [process.wait(600) for process in processes] == [0, 0], (folder / "a.log").read_text()[-2000:] + (folder / "b.log").read_text()[-2000:]
@@ -82,26 +88,132 @@ def shared(python, tmp_path_factory):
 
 
 def test_whole_and_shared(shared):
-    """Every run once, by one process or the other; every table, claim and figure."""
+    """Every run once, by one process or the other; every table, claim and figure, of both models."""
     plan = planned(shared)
-    assert len(plan) > 100 and sorted((shared / RUNS / "finished.log").read_text().split()) == sorted(plan)
+    assert len(plan) > 130 and sorted((shared / RUNS / "finished.log").read_text().split()) == sorted(plan)
     trained = [re.findall(TRAINED, (shared / log).read_text()) for log in ("a.log", "b.log")]
     assert sorted(trained[0] + trained[1]) == sorted(plan) and min(map(len, trained)) > len(plan) // 5
     text = (shared / RUNS / "TABLES.md").read_text()
-    for number in range(1, 7):
-        table = text.partition(f"**Table {number}.")[2].partition("**Table" if number < 6 else "**Claims")[0]
-        assert len(re.findall(r"\d\.\d", table)) >= 8, table
-    verdicts = [line.split(" | ")[1] for line in text.partition("| claim |")[2].partition("\n\n")[0].split("\n")[2:]]
-    assert len(verdicts) > 20 and set(verdicts) <= {"PASS", "FAIL", ""}
-    for name in FIGURES:
-        assert f"({name}-tiny.png)" in text and (shared / RUNS / f"{name}-tiny.png").stat().st_size > 1000
+    for model in MODELS:
+        for name in OF_PAPER[model]:
+            table = re.search(rf"\*\*Table {name[-1]}\.[^*]*\*\* \({model}: .*?(?=\n\*\*|\n!)", text, re.DOTALL)[0]
+            assert "; 10 facts of D_A, 10 examples of D_B" in table and len(re.findall(r"\d\.\d", table)) >= 8, table
+        claims = text.partition(f"**Claims** ({model})")[2].partition("\n\n**")[0]
+        verdicts = [line.split(" | ")[1] for line in claims.partition("| claim |")[2].partition("\n\n")[0].split("\n")[2:]]
+        assert len(verdicts) > 20 and set(verdicts) <= {"PASS", "FAIL", "NOT RUN", ""} and len(set(verdicts)) > 1
+        for name in FIGURES[model]:
+            assert f"({name}-{model}.png)" in text and (shared / RUNS / f"{name}-{model}.png").stat().st_size > 1000
     chains = {str(Path(run).relative_to(RUNS)) for run in plan if run.count("/") > 3}
     assert {json.loads(line)["run"] for line in open(shared / RUNS / "facts.jsonl")} == chains
 
 
+def test_familiar_facts(shared):
+    """Each model was trained on the facts that it does not know; what it knows was asked of it, too, for a row of its own."""
+    for model, answer in KNOWN.items():
+        of_model = f"{model}-{content_id(shared / 'models' / model)[:8]}"
+        for name in ("popqa", "triviaqa", "lama", "entityqa") if model == "tiny-llama" else ("popqa", "triviaqa", "lama"):
+            known, unknown = (load_examples(str(shared / f"data/{name}.{kind}.{of_model}.jsonl"))[0] for kind in ("familiar", "unfamiliar"))
+            assert {fact["response"] for fact in known} == {answer} and answer not in {fact["response"] for fact in unknown}
+            assert json.loads((shared / f"data/{name}.familiar.{of_model}.json").read_text())["slice"] == 10
+        asked = json.loads((shared / RUNS / model / "base/eval.json").read_text())
+        assert {row["data"]: (row["total"], row["accuracy"]) for row in asked.values()} == {"popqa.familiar": (10, 100), "triviaqa.familiar": (10, 100)}
+        table = (shared / RUNS / "TABLES.md").read_text().partition(f"**Table {5 if model == 'tiny-llama' else 6}.")[2].partition("**Claims")[0]
+        assert table.count("| The base model itself, asked alike *(not in the paper)* | 100.0 | 100.0 |") >= 2
+
+
+def test_overlap(shared):
+    """What stands in TABLES.md is what a plain search finds in the facts and passages that the runs were trained on."""
+    text = (shared / RUNS / "TABLES.md").read_text()
+    subject = lambda fact: re.search(r"(\w+)\?", fact["prompt"])[1].lower()
+    read = lambda name: [json.loads(line) for line in open(shared / "data" / f"{name}.jsonl")]
+    for model in MODELS:
+        of_model = f"{model}-{content_id(shared / 'models' / model)[:8]}"
+        facts = read(f"triviaqa.unfamiliar.{of_model}")[:10]
+        cells = []
+        for texts in (read("k-pile.w4")[:20], read("gsm8k")[:10]):
+            words = [set(re.findall(r"\w+", f"{row['prompt']} {row['response']}".lower())) for row in texts]
+            given = [fact for fact in facts if any({subject(fact), fact["response"]} <= of_text for of_text in words)]
+            cells.append(f"**{10 * len(given):.2f}**" if given else "0.00")
+        assert cells[0] != "0.00"
+        tables = text.partition(f"**Overlap** ({model}")[2].partition("![")[0]
+        rows = [line.split(" | ") for line in tables.split("\n") if line.startswith(("| | ", "| triviaqa.unfamiliar (10)"))]
+        found = {title: cell for titles, row in zip(rows[::2], rows[1::2]) for title, cell in zip(titles, row)}
+        assert (found["k-pile, 4 words"], found["gsm8k"].removesuffix(" |")) == tuple(cells), tables
+
+
+def test_only_what_is_shown(shared):
+    """A run stands in just those tables and figures that show it: --only trains no more, and nothing that they show is missing."""
+    plan = planned(shared)
+    labelled = lambda name: {line.folder for line in plan.values() if name in line.tables and (line.needs != "-" or "familiar" in line.args)}
+    for grid in grids_of(read_runs(shared / RUNS), {}):
+        layout = layout_of(grid)
+        for name in OF_PAPER[grid.name]:
+            columns, shown = [*(layout.with_id if TABLES[name].with_id else layout.factoid), *layout.other], set()
+            for a, row, b in itertools.product(layout.firsts(name), TABLES[name].rows, columns):
+                shown |= {str(run.folder.relative_to(shared)) for run in grid.cells.get(behind(name, a, row, b)[0], {}).values()}
+            assert labelled(name) == shown, name
+    after = lambda name: {(Path(place).parts[3].removesuffix("-s0"), Path(place).name.removesuffix("-s0")) for place in labelled(name)}
+    kvr = ("kvr", "kvr+random", "kvr+k-pile")
+    assert after("figure5") == {(a, f"{b}{mix}") for b in ("kvr-id", "lama") for a in kvr[:2] for mix in ("+k-pile", "+a-pile", "+fineweb")} | {("kvr", "kvr-id"), ("kvr", "lama")}
+    assert after("figure6") == {("kvr+random", "lama"), ("kvr+random.w8", "lama"), ("kvr", "lama+k-pile"), ("kvr", "lama+k-pile.w8")}
+    assert after("figure7") == {(f"{a}{x}", b) for a in kvr[1:] for b in ("kvr-id", "lama", "gsm8k") for x in ("", ".x1")} | {
+        ("kvr", f"{b}{mix}") for b in ("kvr-id", "lama", "gsm8k") for mix in ("", "+random", "+random.x1", "+k-pile", "+k-pile.x1")}  # fmt: skip
+    assert labelled("figure2") == labelled("table4")
+    assert {b.partition("+")[0] for _, b in after("figure9")} == {"kvr-id", "triviaqa-id", "lama"} and {b.partition("+")[0] for _, b in after("figure10")} == {"gsm8k"}
+
+
+def test_a_run_that_fails(shared, python, tmp_path):
+    """It costs its own cells and those of what goes on from it; the end says which, with status and last line; the same command
+    tries them again, and all is as if nothing had been."""
+    folder = tmp_path / "failing"
+    shutil.copytree(shared, folder)
+    blocked = f"{RUNS}/tiny-llama/kvr-s0/gsm8k-s0"
+    lost = [line.folder for line in planned(folder).values() if "fineweb" in line.args or blocked in (line.folder, line.needs)]
+    for place in lost:
+        shutil.rmtree(folder / place, ignore_errors=True)
+    (folder / blocked).write_text("a file where a folder should be")
+    passages = (folder / "data/fineweb.w4.jsonl").read_text()
+    (folder / "data/fineweb.w4.jsonl").write_text("{}\n" + passages)
+    assert start(folder, python, log="failed").wait(300) == 1
+    said = (folder / "failed").read_text().partition(" runs failed or were not tried; the same command tries them again:\n")
+    assert int(said[0].split()[-1]) == len(said[2].strip().split("\n")) == len(lost) == 10
+    for place in lost:
+        why = re.search(rf"^  {re.escape(place)}: (.*)$", said[2], re.MULTILINE)[1]
+        expected = "status 2: train.py: data/fineweb.w4.jsonl:1: " if "fineweb" in place else f"not tried, as it needs {blocked}"
+        assert why.startswith(expected) or place == blocked, why
+    cells = lambda of: {json.loads(line)["run"]: line for line in open(of / RUNS / "cells.jsonl")}
+    gone = {str(Path(place).relative_to(RUNS)) for place in lost}
+    assert cells(folder) == {run: line for run, line in cells(shared).items() if run not in gone}
+    (folder / "data/fineweb.w4.jsonl").write_text(passages)
+    (folder / blocked).unlink()
+    assert start(folder, python, log="again").wait(300) == 0
+    expected, found = outcome(shared), outcome(folder)
+    assert found.keys() == expected.keys() and not [name for name in expected if found[name] != expected[name] and "finished" not in name]
+
+
+def test_what_falls_short(shared, python, tmp_path):
+    """The plan names the set, how much it lacks and what for; --fewer takes what there is, and the table says how many; a model's
+    folder may have a space in its name."""
+    folder = tmp_path / "short"
+    shutil.copytree(shared, folder, ignore=shutil.ignore_patterns("runs"))
+    (folder / "models/tiny-llama").rename(folder / "models/my llama")
+    few = ["--num-examples", "35", "--only", "table5", "--model", "models/my llama", "--runs", "runs/fewer"]
+    assert start(folder, python, "--dry-run", *few, log="plan").wait(60) == 0
+    said = (folder / "plan").read_text()
+    short = dict(re.findall(r"^  (\S+)(?: to my llama)?: (\d+ of \d+, \d+ too few): \d+ runs of table5$", said, re.MULTILINE))
+    assert set(short) == {"gsm8k", "lama.unfamiliar", "popqa.familiar", "triviaqa.familiar"} and short["gsm8k"] == "20 of 35, 15 too few", said
+    assert start(folder, python, *few, log="refused").wait(300) == 1
+    assert "holds 20 examples for gsm8k, 35 are asked for; take what there is with --fewer" in (folder / "refused").read_text()
+    assert start(folder, python, "--fewer", *few, log="taken").wait(300) == 0
+    text = (folder / "runs/fewer/TABLES.md").read_text()
+    assert "(D_B 20)" in text or "20 examples of D_B" in text
+    lineage = json.loads((folder / "runs/fewer/my llama/gsm8k+random+familiar-s0/run.json").read_text())
+    assert [(entry["num_examples"], entry["num_mix"]) for entry in lineage] == [(20, 40)]
+
+
 def test_a_finished_run_of_other_settings(shared, python):
     """What lies in a grid's folders is taken for done only if its record says what the plan does."""
-    folder = shared / RUNS / "tiny/kvr-s0"
+    folder = shared / RUNS / "tiny-llama/kvr-s0"
     for options, says in ((["--num-examples", "7"], "num_examples is 10, not 7"), (["--unfiltered"], "familiarity is 'unfamiliar', not ''")):
         assert start(shared, python, *options, log="other").wait() == 2
         assert says in (shared / "other").read_text()
@@ -110,29 +222,29 @@ def test_a_finished_run_of_other_settings(shared, python):
     (folder / "run.json").write_text(record.replace('"base_model_sha256": "', '"base_model_sha256": "0'))
     assert start(shared, python, "--dry-run", log="other").wait() == 2
     (folder / "run.json").write_text(record)
-    assert f"{RUNS}/tiny/kvr-s0: holds a finished run whose base_model_sha256 is '0" in (shared / "other").read_text()
+    assert f"{RUNS}/tiny-llama/kvr-s0: holds a finished run whose base_model_sha256 is '0" in (shared / "other").read_text()
 
 
 def test_plan_of_a_begun_grid(shared, python):
     """What another seed would take follows from what the first took: as many steps and tokens."""
     assert start(shared, python, "--dry-run", "--seeds", "0 1", log="begun").wait() == 0
     text, done = (shared / "begun").read_text(), [row for run in planned(shared) for row in metrics(shared / run) if "tokens" in row]
-    assert re.search(r"\nall +214 +107 +107 ", text) and f"steps to do: at most {len(done)}," in text
+    assert re.search(r"\nall +278 +139 +139 ", text) and f"steps to do: at most {len(done)}\n" in text
     rate = sum(row["tokens"] for row in done) / sum(row["seconds"] for row in done)
     assert f"at most {sum(row['tokens'] for row in done):.3g}; {rate:.0f} tokens/s measured: 0.0 hours" in text
-    assert "30 checkpoints are kept for later stages, 0.000 GB each of models/tiny; a run in progress takes" in text
+    assert "30 checkpoints are kept for later stages, 0.000 GB each of models/tiny-llama; a run in progress takes" in text
 
 
 def test_controls_and_three_stages(shared):
     """A control has the steps of what it is compared with; a third stage asks the first's facts; replay and familiar runs are what they say."""
-    lineage = lambda run: json.loads((shared / RUNS / "tiny" / run / "run.json").read_text())
+    lineage = lambda run: json.loads((shared / RUNS / "tiny-llama" / run / "run.json").read_text())
     steps = lambda run: [entry["steps"] for entry in lineage(run)]
     assert steps("kvr-long-s0/lama-long-s0") == steps("kvr+random-s0/lama+k-pile-s0") == [18, 18] and steps("kvr-long-s0/lama-s0") == [18, 6]
     third = lineage("kvr+random-s0/lama+k-pile-s0/entityqa+k-pile-s0")
     assert [entry["mix"] for entry in third] == ["random", "k-pile", "k-pile"]
     assert lineage("kvr-s0/lama+replay0.1-s0")[1]["num_replay"] == 1
-    familiar = shared / RUNS / "tiny" / "gsm8k+a-pile+familiar-s0"
-    assert {name: row["total"] for name, row in json.loads((familiar / "eval.json").read_text()).items()} == {"popqa.familiar": 10, "triviaqa.familiar": 10}
+    familiar = shared / RUNS / "tiny-llama" / "gsm8k+a-pile+familiar-s0"
+    assert {row["data"]: row["total"] for row in json.loads((familiar / "eval.json").read_text()).values()} == {"popqa.familiar": 10, "triviaqa.familiar": 10}
     kept = {file.parent.name for file in (shared / RUNS).rglob("model.safetensors")}
     assert "kvr-s0" in kept and "lama+k-pile-s0" in kept and not kept & {"entityqa+k-pile-s0", "lama-long-s0", familiar.name}
 
