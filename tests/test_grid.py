@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from safetensors.torch import load_file
 from test_train import metrics
 from tiny import KNOWN, furnish
 
@@ -226,10 +227,18 @@ def test_a_finished_run_of_other_settings(shared, python):
 
 
 def test_plan_of_a_begun_grid(shared, python):
-    """What another seed would take follows from what the first took: as many steps and tokens."""
-    assert start(shared, python, "--dry-run", "--seeds", "0 1", log="begun").wait() == 0
+    """What another seed would take follows from what the first took: as many steps and tokens, and 6 FLOPs for each of these and
+    each parameter, as far as the first facts of a set tell how long all are."""
+    assert start(shared, python, "--dry-run", "--seeds", "0 1", "--gpu-tflops", "1e-9", log="begun").wait() == 0
     text, done = (shared / "begun").read_text(), [row for run in planned(shared) for row in metrics(shared / run) if "tokens" in row]
     assert re.search(r"\nall +278 +139 +139 ", text) and f"steps to do: at most {len(done)}\n" in text
+    flops = 0
+    for run in planned(shared):
+        weights = shared / "models" / Path(run).parts[2] / "model.safetensors"
+        n_params = sum(tensor.numel() for tensor in load_file(weights).values())
+        flops += 6 * n_params * sum(row["tokens"] for row in metrics(shared / run) if "tokens" in row)
+    hours = re.search(r"\nall .* ([\d,]+)   \(", text)[1].replace(",", "")
+    assert int(hours) == pytest.approx(flops / 1e3 / 3600, rel=0.1) and f"by seed (--seeds): 0 0, 1 {int(hours):,};" in text
     rate = sum(row["tokens"] for row in done) / sum(row["seconds"] for row in done)
     assert f"at most {sum(row['tokens'] for row in done):.3g}; {rate:.0f} tokens/s measured: 0.0 hours" in text
     assert "30 checkpoints are kept for later stages, 0.000 GB each of models/tiny-llama; a run in progress takes" in text

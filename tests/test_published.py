@@ -28,6 +28,7 @@ from model import content_id, setup_device
 
 RAW = ROOT / "tests" / "raw"
 PUBLISHED = [name for name, row in data.SETS.items() if row.read]
+BASE = BaseModel("base", "models/base", "0123abcd" + "0" * 56)
 FACTS = [name for name in PUBLISHED if data.SETS[name].kind == "factoid"]
 
 
@@ -211,6 +212,28 @@ def test_slices(tmp_path):
     assert (len(first), len(other)) == (2500, 2000) and {row["prompt"] for row in first}.isdisjoint(row["prompt"] for row in other)
     assert load_examples("popqa-id", 2000, tmp_path / "data")[0] == other
     assert load_examples("popqa", 2000, tmp_path / "data")[0] == first[:2000]
+    assert cli(tmp_path, "popqa", "--slice", "30").returncode == 0
+    assert manifest(path)["slice"] == 30 and [row["id"] for row in rows(second)] == [f"popqa-{i}" for i in range(30, 60)]
+    assert [row["id"] for row in rows(path)[28:32]] == ["popqa-28", "popqa-29", "popqa-60", "popqa-61"]
+    assert data.load_pool("popqa", tmp_path / "data")[0] == [*first[:2000], *other, *first[2000:]]
+    pool = data.load_pool("popqa", tmp_path / "data")[0]
+    data.write_flat(data.split_file("popqa", "unfamiliar", BASE, tmp_path / "data"), pool[:70], {"base_model_sha256": BASE.sha256, "slice": 30})
+    for name, expected in (("popqa.unfamiliar", [*pool[:30], *pool[60:70]]), ("popqa-id.unfamiliar", pool[30:60])):
+        assert load_examples(name, None, tmp_path / "data", base_model=BASE)[0] == expected
+        assert data.at_hand(name, 2000, tmp_path / "data", base_model=BASE) == len(expected)
+
+
+def test_what_is_at_hand(tmp_path, monkeypatch):
+    """How many examples there are is known of what is built or lies in raw/, and of what is generated; nothing is downloaded to tell."""
+    monkeypatch.setattr(data, "fetch", None)
+    monkeypatch.chdir(tmp_path)
+    assert data.at_hand("webqa", 2000) is None and data.at_hand("popqa-id.unfamiliar", 2000) is None
+    assert data.at_hand("kvr", 9000) == 9000 and not (tmp_path / "data").exists()
+    assert 100 < data.at_hand("pydoc", 10**6, words=50) < 10**4, "the language reference ends"
+    shutil.copytree(RAW, "raw")
+    assert data.at_hand("popqa", 2000) == len(rows(tmp_path / "data/popqa.jsonl")) == 4 and data.at_hand("popqa-id", 2000) == 0
+    assert data.at_hand("popqa.unfamiliar", 3, base_model=BASE) == 3, "at most: nobody was asked yet"
+    assert data.at_hand("gone.jsonl", 3) is None
 
 
 def test_all_and_list(tmp_path):
@@ -454,6 +477,27 @@ def test_only_the_first_lines_are_downloaded(tmp_path, server):
     assert (tmp_path / "corpus.jsonl").read_bytes() == b"".join(lines[:1000])
 
 
+def test_a_stream_is_read_on(tmp_path, server, monkeypatch):
+    """Where the downloaded beginning holds too few long documents, a longer one is fetched in its place, to the end of the file if
+    need be; what was built before is how the new file begins."""
+    documents = [{"content": "short"} if i % 5 else {"content": f"document {i} " + "word " * 20} for i in range(100)]
+    content = "".join(json.dumps(document) + "\n" for document in documents).encode()
+    server.answer = lambda handler, count: send(handler, content)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(data.SETS["k-pile"], "first_lines", 20)
+    there = {"data": tmp_path / "data", "words": 8, "raw": tmp_path / "raw"}
+    four = load_examples("k-pile", 4, **there)
+    begun = (tmp_path / "data/k-pile.w8.jsonl").read_bytes()
+    assert len(server.seen) == 1 and data.at_hand("k-pile", 5, **there) is None
+    assert len(load_examples("k-pile", 9, **there)[0]) == 9 and len(server.seen) == 3
+    assert (tmp_path / "data/k-pile.w8.jsonl").read_bytes().startswith(begun) and load_examples("k-pile", 4, **there) == four
+    (source,) = manifest(tmp_path / "data/k-pile.w8.jsonl")["sources"]
+    assert ".first-80." in source or ".first-40." in source
+    with pytest.raises(DataError, match="holds 20 examples for k-pile, 30 are asked for; take what there is with --fewer"):
+        load_examples("k-pile", 30, **there)
+    assert len(load_examples("k-pile", 30, **there, fewer=True)[0]) == 20 == data.at_hand("k-pile", 30, **there)
+
+
 # ---------------------------------------------------------------- overlap
 
 
@@ -473,9 +517,6 @@ def test_overlap(tmp_path):
 
 
 # ---------------------------------------------------------------- familiar and unfamiliar
-
-
-BASE = BaseModel("base", "models/base", "0123abcd" + "0" * 56)
 
 
 class Oracle:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,39 @@ def test_what_stands_in_the_place_of_lost_facts():
     assert {fact.place: fact.in_place for fact in lost_facts(now, None, later)} == kinds | {5: "something else"}
 
 
+def test_how_many_facts_a_cell_has(tmp_path, monkeypatch):
+    """The caption says what most cells have, the others say it themselves: a smaller D_B, fewer passages than the ratio asks for."""
+    monkeypatch.setattr(evaluate, "figures", lambda *_: [])
+    for b in ("lama", "entityqa"):
+        put_cell(tmp_path, "none", b, {0: [1, 1, 0, 0]})
+    put_cell(tmp_path, "none", "webqa", {0: [1, 0, 0, 0]}, num_examples=3)
+    put_cell(tmp_path, "-/k-pile", "lama", {0: [1, 1, 1, 0]}, num_mix=5)
+    put_cell(tmp_path, "-/k-pile", "entityqa", {0: [1, 1, 1, 1]}, num_mix=8)
+    text = tables(tmp_path)
+    assert "over seeds; 4 facts of D_A, 4 examples of D_B where a cell says no other number)" in text
+    row = lambda label: next(line for line in text.partition("**Table 2.")[2].split("\n") if line.startswith(f"| {label} |"))
+    assert re.findall(r"(\d+\.\d) (?:<sub>[^<]*</sub>)?( \([^)]*\))?", row("No Mixing"))[:3] == [("50.0", ""), ("50.0", ""), ("25.0", " (D_B 3)")]
+    assert "75.0 <sub>40.0</sub> (5 passages of k-pile)" in row("- / K-Pile") and "100.0 <sub>36.4</sub> |" in row("- / K-Pile")
+
+
+def test_the_base_model_itself(tmp_path, monkeypatch):
+    """Tables 5 and 6 have what the base model itself says to the same question; asked others, it is refused."""
+    monkeypatch.setattr(evaluate, "figures", lambda *_: [])
+    put(tmp_path / "one", [entry("lama", 4, 0, tag="familiar", batch_size=128)], [1, 0, 0, 0], "popqa.familiar")
+    scores = json.loads((tmp_path / "one/eval.json").read_text())
+    mine = {"accuracy": 75.0, "correct": 3, "base_model_name": "Meta-Llama-3-8B", "base_model_sha256": "0123456789abcdef"}
+    (tmp_path / "base").mkdir()
+    keep = lambda **changes: (tmp_path / "base/eval.json").write_text(json.dumps({"popqa.familiar": scores["popqa.familiar"] | mine | changes}))
+    keep()
+    text = tables(tmp_path).partition("**Table 5.")[2]
+    assert re.search(r"\| No Mixing \| 25\.0 [^|]*\|", text) and "| The base model itself, asked alike *(not in the paper)* | 75.0 |" in text
+    keep(base_model_sha256="another")
+    assert "The base model itself" not in tables(tmp_path)
+    keep(data_sha256="others")
+    with pytest.raises(DataError, match="one: was asked other facts of popqa.familiar"):
+        tables(tmp_path)
+
+
 def test_bootstrap():
     """A difference that is the same for every fact has no width; facts that cancel have an interval around 0; pairing is kept."""
     assert bootstrap([[1, 1, 1], [1, 1, 1]]) == (1, 1)
@@ -258,5 +292,5 @@ def test_plan(work):
     counts = {line.split()[0]: int(line.split()[1]) for line in lines.split("\n") if line.startswith(("table", "figure"))}
     stage_1, controls = 3 * 3 * 3, 3 * 3 * (1 + 2 * 9)
     assert counts["table1"] == 3 * 9 * 3 + 3 * 3 and counts["table2"] == 3 * 9 * 6 * 3 + stage_1 + controls
-    assert counts["table4"] == 3 * 8 * 4 * 3 + 3 * 3 + 3 * 3  # with ID and stage 1, which table 1 shares
+    assert counts["table4"] == 3 * 8 * 4 * 3 + 3 * 3  # without ID, with stage 1, which table 1 shares
     assert counts["table5"] == counts["table6"] == 5 * 8 * 3 and set(counts) == {f"table{i}" for i in range(1, 7)} | {f"figure{i}" for i in (2, *range(4, 13))}
