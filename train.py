@@ -66,8 +66,8 @@ from torch.optim.adamw import adamw
 
 from data import (
     DEFAULT_WORDS, SETS, SOURCES, STOPPING, BaseModel, DataError, Parser, at_hand, batches, chat_template,
-    copy_tokenizer, encode, end_by, end_on_signals, familiarity, flat_file, is_split, load_examples, load_tokenizer, micro_batches, progress_bar, set_label,
-    stage_facts, write_file,
+    copy_tokenizer, encode, end_by, end_on_signals, familiarity, flat_file, is_split, load_examples, load_tokenizer,
+    micro_batches, progress_bar, set_label, split_file, stage_facts, write_file,
 )
 from evaluate import (
     base_of, check_vocabulary, common_prefix_len, exact_matches, read_lineage, read_rows, record,
@@ -1244,7 +1244,7 @@ def say_plan(runs, args):
         left, needed = sum(not run.done for run in chosen), sum(hours[str(run.folder)] for run in chosen)
         print(f"{name:10} {len(chosen):6} {len(chosen) - left:6} {left:6} {hours_said(needed):>10}", end="")
 
-    for name in sorted(by_table, key=lambda name: (not name.startswith("table"), len(name), name)):
+    for name in sorted(by_table, key=place_of_table):
         say(name, with_needed(by_table[name], runs))
         print()
     say("all", list(runs.values()))
@@ -1269,6 +1269,11 @@ def say_plan(runs, args):
         of_model = [folder for folder in kept if base_of_run(runs[folder], runs) == model]
         print(f"disk: {len(of_model)} checkpoints are kept for later stages{said}")
     say_shortfalls(runs, to_do, args)
+
+
+def place_of_table(name):
+    """table1 to table6, then figure2 to figure12."""
+    return not name.startswith("table"), len(name), name
 
 
 def hours_said(hours):
@@ -1347,29 +1352,40 @@ class Need:
     n: int
     words: int
     data: str  # the folder of flat files
-    model: str  # the base model
+    model: str = ""  # the base model, where the set is split for it
+
+    @property
+    def base_model(self):
+        """None where the folder is not here, or nothing is split."""
+        if not self.model or not list(Path(self.model).glob("*.safetensors")):
+            return None
+        return BaseModel(model_name(self.model), self.model, id_of(self.model))
 
     def found(self):
         """How many there are; None where nothing here tells. A DataError where its files are unusable."""
-        base_model = None
-        if list(Path(self.model).glob("*.safetensors")):
-            base_model = BaseModel(model_name(self.model), self.model, id_of(self.model))
-        return at_hand(self.name, self.n, self.data, self.words, base_model=base_model)
+        return at_hand(self.name, self.n, self.data, self.words, base_model=self.base_model)
 
     @property
     def said(self):
-        of_model = f" to {model_name(self.model)}" if not self.name.endswith(".jsonl") and "." in self.name else ""
+        """The set in words."""
+        of_model = f" to {model_name(self.model)}" if self.model else ""
         passages = f" of {self.words} words" if self.name in SETS and SETS[self.name].kind == "mixing" else ""
         return f"{self.name}{of_model}{passages}"
+
+    def is_split(self):
+        """Whether it is known which facts the base model knows; before, there are at most as many as found() says."""
+        base, _, kind = self.name.removesuffix(".jsonl").partition(".")
+        model = self.base_model
+        return bool(model) and split_file(base.removesuffix("-id"), kind, model, self.data).with_suffix(".json").exists()
 
 
 def needs_of(run, runs, asked):
     """The Needs of a planned run: its set, its mix, and the sets that it will be asked."""
     args, model = run.args, base_of_run(run, runs)
-    own = f"{args.data}.{run.familiarity}" if run.familiarity else args.data
-    found = [Need(own, args.num_examples, DEFAULT_WORDS, args.data_dir, model)]
+    own, of_model = (f"{args.data}.{run.familiarity}", model) if run.familiarity else (args.data, "")
+    found = [Need(own, args.num_examples, DEFAULT_WORDS, args.data_dir, of_model)]
     if args.mix != "none":
-        found.append(Need(args.mix, round(args.mix_ratio * args.num_examples), args.mix_words, args.data_dir, model))
+        found.append(Need(args.mix, round(args.mix_ratio * args.num_examples), args.mix_words, args.data_dir))
     if args.tag == "familiar":
         found += [Need(name, args.num_examples, DEFAULT_WORDS, args.data_dir, model) for name in asked]
     return found
@@ -1381,9 +1397,12 @@ def say_shortfalls(runs, to_do, args):
     for run in to_do:
         for need in needs_of(run, runs, args.asked):
             wanted.setdefault(need, []).append(run)
+    before = {str(run.folder): {str(other.folder) for other in with_needed([run], runs)} for run in to_do}
     for need, of_runs in wanted.items():
-        tables = args.only or ", ".join(dict.fromkeys(name for run in of_runs for name in run.tables))
-        cells = f"{len(of_runs)} runs of {tables}"
+        # Whatever goes on from one of these is lost with it.
+        lost = [run for run in to_do if before[str(run.folder)] & {str(other.folder) for other in of_runs}]
+        tables = {args.only} if args.only else set(itertools.chain(*[run.tables for run in lost]))
+        cells = f"{len(lost)} runs of {', '.join(sorted(tables, key=place_of_table))}"
         try:
             found = need.found()
         except DataError as error:
@@ -1392,9 +1411,11 @@ def say_shortfalls(runs, to_do, args):
         if found is None:
             unknown.add(need.name.partition(".")[0])
         elif found < need.n:
-            short.append(f"{need.said}: {found} of {need.n}, {need.n - found} too few: {cells}")
+            most = "at most " if need.model and not need.is_split() else ""
+            short.append(f"{need.said}: {most}{found} of {need.n}, {need.n - found} too few: {cells}")
     if short:
-        print("falls short, so that these runs will fail (--fewer takes what there is):")
+        fewer = any(run.args.fewer for run in to_do)
+        print("falls short:" if fewer else "falls short, so that these runs will fail (--fewer takes what there is):")
         print("\n".join(f"  {line}" for line in sorted(short)))
     if unknown:
         print(f"not here yet, so not known to suffice: {', '.join(sorted(unknown))} (python data.py --list)")
