@@ -290,11 +290,13 @@ probed() { [[ ${tables_of[$1]} = *figure4* && ,figure4,figure11,figure12, = *,${
 # The weights of a last stage go: no other run starts from them.
 clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || rm -f "$1"/model*.safetensors* "$1/manifest.json"; }
 
-# argument FOLDER NAME: what a run's arguments give for an option at last; base_of FOLDER: the base model that it goes back to.
+# argument FOLDER NAME: set $value to what a run's arguments give for an option at last; find_base FOLDER: set $value to the base
+# model that it goes back to.
 argument() {
-  [[ $'\x1f'${args_of[$1]}$'\x1f' =~ .*$'\x1f'$2$'\x1f'([^$'\x1f']*)$'\x1f' ]] && echo "${BASH_REMATCH[1]}"
+  value=
+  [[ $'\x1f'${args_of[$1]}$'\x1f' =~ .*$'\x1f'$2$'\x1f'([^$'\x1f']*)$'\x1f' ]] && value=${BASH_REMATCH[1]} || true
 }
-base_of() {
+find_base() {
   local folder=$1
   while [ "${needs_of[$folder]}" != - ]; do folder=${needs_of[$folder]}; done
   argument "$folder" --model
@@ -318,31 +320,42 @@ sort_facts() {
   [ -z "${failed[$at]-}" ] || return 1
   hold "$at.lock" "$3" || return
   local log=$at.log
+  measure_log
   attend "${launch[@]}" "$code/evaluate.py" "$model" --split "$2" $precision || status=$?
   exec {lock}>&-
-  if [ $status = 0 ]; then sorted[$model/$2]=yes; else failed[$at]=$(said_last $status "$log"); fi
+  if [ $status = 0 ]; then sorted[$model/$2]=yes; else failed[$at]=$(said_last $status); fi
   return $status
 }
 
-# said_last STATUS LOG: how a command ended, for the list at the end.
-said_last() { echo "status $1: $(grep -v '^ *$' "$2" 2> /dev/null | tail -n 1 | cut -c 1-300)"; }
+# measure_log: from here on $log is about this attempt; said_last STATUS: how it ended, for the list at the end: what a script of
+# ours said last, or whoever spoke last.
+measure_log() { log_size=$(($([ -e "$log" ] && wc -c < "$log" || echo 0) + 1)); }
+said_last() {
+  local said
+  said=$(tail -c +$log_size "$log" | grep -E '^(train|evaluate|probe|data|model)\.py: ' || tail -c +$log_size "$log" | grep -v '^ *$')
+  echo "status $1: ${said##*$'\n'}"
+}
 
 # finish FOLDER WAIT: train, evaluate and probe a run after those it needs. 75: another process is at it, and WAIT was 0.
 # errexit does not hold in here, so each step says where it leads to.
 finish() {
-  local folder=$1 wait=$2 before needed lock status data
+  local folder=$1 wait=$2 before needed lock status data model
   [ -z "${failed[$folder]-}" ] || return 1
   if finished "$folder"; then clean "$folder"; return; fi
-  before=("${needs_of[$folder]}" "$(argument "$folder" --epochs | sed -n 's/^@//p')")
+  argument "$folder" --epochs  # @RUN: as many as make that run's steps
+  before=("${needs_of[$folder]}" "${value:--}")
   for needed in "${before[@]}"; do
-    [ "${needed:--}" != - ] || continue
+    [[ $needed = */* ]] || continue
+    needed=${needed#@}
     finish "$needed" "$wait" && continue
     status=$?
     [ $status = 75 ] || failed[$folder]="not tried, as it needs $needed"
     return $status
   done
+  find_base "$folder"
+  model=$value
   for data in $(facts_of "$folder"); do
-    sort_facts "$(base_of "$folder")" $data "$wait" && continue
+    sort_facts "$model" $data "$wait" && continue
     status=$?
     [ $status = 75 ] || failed[$folder]="not tried, as ${data}'s familiar facts could not be sorted out"
     return $status
@@ -353,8 +366,9 @@ finish() {
   [ $status = 0 ] || return $status
   if ! finished "$folder"; then
     local log=${log:-$folder/log}
+    measure_log
     carry_out "$folder" || status=$?
-    [ $status = 0 ] || failed[$folder]=$(said_last $status "$log")
+    [ $status = 0 ] || failed[$folder]=$(said_last $status)
   fi
   exec {lock}>&-
   return $status
@@ -362,19 +376,22 @@ finish() {
 
 # facts_of FOLDER: the sets that must have been sorted before.
 facts_of() {
-  local data
-  data=$(argument "$1" --data)
-  [ -n "$unfiltered" ] || echo "${data%-id}"
-  [[ $(argument "$1" --tag) != familiar ]] || echo "${familiar_a//.familiar/}"
+  local value
+  argument "$1" --data
+  [[ -n $unfiltered || $value = *.jsonl ]] || echo "${value%-id}"
+  argument "$1" --tag
+  [ "$value" != familiar ] || echo "${familiar_a//.familiar/}"
 }
 
 # carry_out FOLDER: all that a run takes, once those it needs are there.
 carry_out() {
-  local folder=$1 args asked=
+  local folder=$1 args value asked=
   IFS=$'\x1f' read -ra args <<< "${args_of[$folder]}"
-  [[ $(argument "$folder" --tag) != familiar ]] || asked="--data $familiar_a --num-examples $examples $fewer"
+  argument "$folder" --tag
+  [ "$value" != familiar ] || asked="--data $familiar_a --num-examples $examples $fewer"
   if [[ ${args[0]} = --ask ]]; then  # the base model itself, as tables 5 and 6 ask what was trained
-    attend "${launch[@]}" "$code/evaluate.py" "$(argument "$folder" --model)" $asked $precision --out "$folder"
+    argument "$folder" --model
+    attend "${launch[@]}" "$code/evaluate.py" "$value" $asked $precision --out "$folder"
     return
   fi
   [ -e "$folder/run.json" ] || attend "${launch[@]}" "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
@@ -435,9 +452,10 @@ run_grid() {
 
 # Each base model is asked the familiar facts too: its runs of tables 5 and 6 can forget no more than it knows so.
 add_base_models() {
-  local folder model
+  local folder model value
   for folder in "${todo[@]}"; do
-    model=$(base_of "$folder")
+    find_base "$folder"
+    model=$value
     [ -e "$model/config.json" ] || { echo "run_all.sh: $model: no such model; put its Hugging Face folder there, or give --model FOLDER, or --only a table of the other" >&2; exit 2; }
     [[ ,${tables_of[$folder]}, =~ ,table[56], && -z ${args_of[$runs/$(basename "$model")/base]-} ]] || continue
     folder=$runs/$(basename "$model")/base

@@ -1232,7 +1232,11 @@ def say_plan(runs, args):
     """Print what a plan would take: runs and GPU-hours by table, steps, disk, and what is known to fall short."""
     by_table, hours, seeds = {}, {}, Counter()
     if args.only:
-        runs = {str(run.folder): run for run in with_needed([run for run in runs.values() if args.only in run.tables], runs)}
+        shown = [run for run in runs.values() if args.only in run.tables]
+        if not shown:
+            known = {name for run in runs.values() for name in run.tables}
+            raise DataError(f"--only {args.only}: no run is of it; there are {', '.join(sorted(known, key=place_of_table))}")
+        runs = {str(run.folder): run for run in with_needed(shown, runs)}
     for folder, run in runs.items():
         for name in [args.only] if args.only else dict.fromkeys(run.tables):
             by_table.setdefault(name, []).append(run)
