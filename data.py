@@ -1242,7 +1242,8 @@ def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
             sources = {f"{len(files)} files below {place(os.path.commonpath(files))}": total}
     if not examples:
         raise DataError(f"{files[0]}: no usable example in it (dropped: {dict(dropped)}); see that it is the published file")
-    return examples, {"sources": sources, "dropped": dict(dropped), "bad": usable.bad, "beyond_limit": max(0, len(examples) - n)}
+    ended = {"ended": True} if row.streamed and len(examples) < n and not lines_of_beginning(files) else {}
+    return examples, {"sources": sources, "dropped": dict(dropped), "bad": usable.bad, "beyond_limit": max(0, len(examples) - n)} | ended
 
 
 def _source(path):
@@ -1405,7 +1406,8 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
     examples = [{"id": f"{path.stem.partition('.')[0]}-{i}"} | example for i, example in enumerate(examples[:n])]
     slices = {path: examples}
     if row.kind == "factoid" and row.read:
-        slices = {path: first_slice(examples, size), flat_file(f"{name}-id", out): second_slice(examples, size)}
+        # The set itself last: where it is, its second slice is too.
+        slices = {flat_file(f"{name}-id", out): second_slice(examples, size), path: first_slice(examples, size)}
         manifest["slice"] = size
         subjects = {example["id"]: example.pop("subject") for example in examples}
         write_file(path.with_suffix(".subjects.json"), json.dumps(subjects, indent=0, ensure_ascii=False) + "\n")
@@ -1414,7 +1416,7 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
         if row.kind in ("mixing", "own"):
             facts["words"] = words
         write_flat(path, part, facts)
-    return [path for path, part in slices.items() if part]
+    return [place for place in sorted(slices, key=lambda place: place != path) if slices[place]]
 
 
 def is_name_of_set(stem):
@@ -1521,33 +1523,46 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", bas
             check_split(path, base, base_model)
             lines = _read_lines(path, None)
             lines = (second_slice if second else first_slice)(lines, slice_size(path))[:n]
-        elif too_short(path, SETS[base], n):
-            with alone_at(flat_file(base, data, words)):
-                if too_short(path, SETS[base], n):  # still, if another process was at it
-                    build_longer(base, path, n or 0, data, words, raw)
+        elif too_short(path, SETS[base], n, fewer):
+            with alone_at(flat_file(base, data)):
+                if too_short(path, SETS[base], n, fewer):  # still, if another process was at it
+                    build_longer(base, n or 0, data, words, raw, fewer)
             lines = _read_lines(path, n) if path.exists() else []
     elif not path.exists():
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
     if len(lines) < (1 if fewer else n or 1):
         whose = "" if name == str(path) else f" for {name}"
-        less = "take what there is with --fewer, or ask for fewer (for a mix, a lower ratio or shorter passages)" if lines else "give it some"
+        less = "ask for fewer (for a mix, a lower ratio or shorter passages; train.py and run_all.sh take what there is with --fewer)"
         raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {less}")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
     return examples, hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def too_short(path, row, n):
-    """Whether a set's flat file must be built: it is missing, or there can be more than the fewer than n that it holds."""
+def too_short(path, row, n, fewer=False):
+    """Whether a set's flat file must be built: it is missing, or there can be more than the fewer than n that it holds.
+
+    fewer: what it holds is enough if its source had no more.
+    """
     if not path.exists():
         return True
-    return bool(n) and (row.build or row.streamed) and path.with_suffix(".json").exists() and len(_read_lines(path, n)) < n
+    manifest = path.with_suffix(".json")
+    if not n or not (row.build or row.streamed) or not manifest.exists() or len(_read_lines(path, n)) >= n:
+        return False
+    return not (fewer and _read_json(manifest, "remove it and its .jsonl").get("ended"))
 
 
-def build_longer(name, path, n, data, words, raw):
-    """Build a set as its manifest at `path` says, if there is one, with at least n examples if its source has them."""
+def build_longer(name, n, data, words, raw, fewer=False):
+    """Build a set as its manifest says, if there is one, with at least n examples if its source has them; fewer: or can be had."""
+    path = flat_file(name, data, words)
     manifest = path.with_suffix(".json")
     known = _read_json(manifest, "remove it and its .jsonl") if manifest.exists() else {}
-    build(name, data, max(n, SETS[name].size), known.get("seed", 0), words, raw, size=known.get("slice", SLICE), least=n)
+    as_known = {"n": max(n, SETS[name].size), "seed": known.get("seed", 0), "words": words, "raw": raw, "size": known.get("slice", SLICE)}
+    try:
+        build(name, data, **as_known, least=n)
+    except DataError:
+        if not fewer or not (path.exists() or raw_files(name, SETS[name], raw)):
+            raise
+        build(name, data, **as_known)  # what is here, where no more could be fetched
 
 
 def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None):
@@ -1566,8 +1581,10 @@ def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=Non
             return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
     if row.build and not row.ends:
         return n
-    if too_short(path, row, n):
+    if too_short(path, row, n, fewer=True):
         files = [] if row.build else raw_files(base, row, raw)
+        if not row.build and not files and not row.urls:
+            return 0  # nobody but the user can bring it
         if not row.build and (not files or lines_of_beginning(files)):
             return None  # what a download will bring
         load_examples(base, n, data, words, raw, fewer=True)
@@ -1876,8 +1893,8 @@ def main():
                 raise DataError(f"{name}: would be written to {place}, as {other} is; rename one of the two, or build it with another --out")
     for name in SETS if "all" in args.names else args.names:
         try:
-            own_file = name not in SETS and OWN_FILE.match(name)
-            with contextlib.nullcontext() if own_file else alone_at(flat_file(resolve(name)[0], args.out, args.words)):
+            of_user = name not in SETS and OWN_FILE.match(name)
+            with contextlib.nullcontext() if of_user else alone_at(flat_file(resolve(name)[0], args.out)):
                 paths = build(name, args.out, args.limit, args.seed, args.words, args.raw, args.skip_bad, args.slice, args.limit or 0)
             for path in paths:
                 manifest = json.loads(path.with_suffix(".json").read_bytes())

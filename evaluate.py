@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    OVERLAP_LIMIT, SETS, BaseModel, DataError, Parser, encode_example, end_on_signals, flat_file, is_name_of_set,
+    OVERLAP_LIMIT, SETS, SLICE, BaseModel, DataError, Parser, encode_example, end_on_signals, flat_file, is_name_of_set,
     is_split, json_line, load_examples, load_pool, load_tokenizer, overlap, path_from, progress_bar, relative_path,
     resolve, set_label, slice_size, split_file, stage_facts, stage_set, subjects_of, write_file, write_flat,
 )
@@ -279,15 +279,20 @@ class Sorting:
 
     def manifests(self):
         """{flat file: its manifest} of the files that are there; one without facts is not."""
-        found = {file: file.with_suffix(".json") for file in self.target.values()}
-        return {file: read_rows(manifest) for file, manifest in found.items() if manifest.exists() and file.exists()}
+        found = {}
+        for file in self.target.values():
+            manifest = read_rows(file.with_suffix(".json")) if file.exists() and file.with_suffix(".json").exists() else {}
+            if manifest and len(read_rows(file)) == manifest["kept"]:  # a kill may come between the two
+                found[file] = manifest
+        return found
 
     @property
     def done(self):
         """Whether all these facts were asked before, and sorted to the end."""
         before = list(self.manifests().values())
         for manifest in before:
-            if any(manifest.get(key) != value for key, value in self.header.items()):
+            known = {"slice": SLICE} | manifest  # which earlier versions did not name
+            if any(known.get(key) != value for key, value in self.header.items()):
                 return False
         asked = {manifest["asked"] for manifest in before}
         return len(asked) == 1 and sum(manifest["kept"] for manifest in before) == min(asked) >= len(self.facts)
@@ -538,20 +543,20 @@ class Grid:
 
 def read_runs(folder):
     """Every finished run below a folder, in an order that does not depend on folders' names."""
-    runs = [read_run(run) for run in run_folders(folder)]
+    runs = [read_run(run) for run in folders_with("run.json", folder)]
     if not runs:
         raise DataError(f"{folder}: no finished run below it; train some, and run evaluate.py on each")
     return sorted(runs, key=lambda run: record(run.lineage))
 
 
-def run_folders(folder):
-    """The folders of the finished runs below one, itself included; behind links too, but each only once."""
+def folders_with(name, folder):
+    """The folders that hold a file of a name below one, itself included; behind links too, but each only once."""
     found = {}
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in found:
             folders.clear()  # a link that leads back
-        found.setdefault(real, Path(place) if "run.json" in files else None)
+        found.setdefault(real, Path(place) if name in files else None)
         folders.sort()
     return [place for place in found.values() if place]
 
@@ -559,9 +564,9 @@ def run_folders(folder):
 def read_untrained(folder):
     """{base_model_sha256: {name: row}} of base models themselves: of each eval.json below a folder without a run.json."""
     found = {}
-    for file in sorted(Path(folder).rglob("eval.json")):
-        if not file.with_name("run.json").exists() and not file.with_name("metrics.jsonl").exists():
-            for name, row in read_run(file.parent).scores.items():
+    for place in sorted(folders_with("eval.json", folder)):
+        if not (place / "run.json").exists() and not (place / "metrics.jsonl").exists():
+            for name, row in read_run(place).scores.items():
                 if sha256 := row.get("base_model_sha256"):
                     found.setdefault(sha256, {})[name] = row
     return found
@@ -1239,6 +1244,7 @@ def tables(folder):
                 lines += render(name, grid, layout, shown) if layout.firsts(name) else []
             lines += claims(grid, layout)
             images += figures(grid, layout, folder, starts)
+        images += lens_figures(grid, folder)
         rest = {}
         for stages, cell in grid.cells.items():
             asked = {seeds: run for seeds, run in cell.items() if run.scores}
@@ -1338,7 +1344,7 @@ class Texts:
     @property
     def label(self):
         mixing = self.name in SETS and SETS[self.name].kind == "mixing"
-        return set_label(self.name) + (f", {self.words} words" if mixing else "")
+        return set_label(self.name) + (f" of {self.words} words" if mixing else "") + f" ({self.n})"
 
 
 def learned_by(entry, words=0):
@@ -1348,16 +1354,15 @@ def learned_by(entry, words=0):
 
 def overlap_pairs(runs):
     """[(facts, texts)] to be compared of some runs of one base model: every set of facts that was learned, or asked as
-    familiar, with every mix; and each D_A with what came after it. Of one kind of mix the longest, which begins with
-    the others."""
+    familiar, with every mix; and each D_A with what came after it."""
     facts, mixes, chains = {}, {}, {}
     for run in runs:
         for entry in run.lineage:
             if is_factoid(set_label(entry["data"])):
                 facts.setdefault(entry["data_sha256"], learned_by(entry))
-            kind = (entry["mix"], entry["mix_words"])
-            if entry["mix"] != "none" and (kind not in mixes or mixes[kind].n < entry["num_mix"]):
-                mixes[kind] = Texts(entry["mix"], entry["num_mix"], entry["mix_words"], entry["mix_sha256"], None)
+            if entry["mix"] != "none":
+                mix = Texts(entry["mix"], entry["num_mix"], entry["mix_words"], entry["mix_sha256"], None)
+                mixes.setdefault(mix.sha256, mix)
         for row in run.scores.values():
             if row["data"].endswith(".familiar"):
                 asked = Texts(row["data"], row["total"], 0, row["data_sha256"], BaseModel.of(run.lineage[0]))
@@ -1365,7 +1370,7 @@ def overlap_pairs(runs):
         first, *later = run.lineage
         for entry in later if is_factoid(set_label(first["data"])) else []:
             chains[first["data_sha256"], entry["data_sha256"]] = (learned_by(first), learned_by(entry))
-    by_name = lambda texts: (in_order([texts.label.partition(",")[0].partition(".")[0]]), texts.label, texts.n)
+    by_name = lambda texts: (set_label(texts.name), texts.words, texts.n, texts.sha256)
     pairs = list(itertools.product(sorted(facts.values(), key=by_name), sorted(mixes.values(), key=by_name)))
     return [*pairs, *sorted(chains.values(), key=lambda pair: (by_name(pair[0]), by_name(pair[1])))]
 
@@ -1409,14 +1414,15 @@ def overlap_tables(grid, folder):
             passages = texts.base_model is None
             share = 100 * len(row["found"]) / row["n_facts"] if row["n_facts"] else 0.0
             text = f"{share:.2f}" if share <= 100 * OVERLAP_LIMIT else f"**{share:.2f}**"
-            shares.setdefault(passages, {}).setdefault(f"{facts.label} ({row['n_facts']})", {})[texts.label] = text
+            shares.setdefault(passages, {}).setdefault(facts, {})[texts] = text
     for passages, rows in sorted(shares.items(), reverse=True):
         what = "a passage of D_M" if passages else "an example of what came after it"
-        columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+        columns = sorted(set(itertools.chain(*rows.values())), key=lambda texts: (set_label(texts.name), texts.words, texts.n))
         lines += ["", f"**Overlap** ({grid.name}: % of the facts that were trained on or asked whose subject and answer "
                   f"stand in {what}, appendix B.6; bold above the paper's {100 * OVERLAP_LIMIT:.1f})", ""]  # fmt: skip
-        lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-        lines += [f"| {facts} | {' | '.join(row.get(column, '') for column in columns)} |" for facts, row in rows.items()]
+        lines += ["| | " + " | ".join(texts.label for texts in columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        for facts, row in rows.items():
+            lines.append(f"| {facts.label} | {' | '.join(row.get(texts, '') for texts in columns)} |")
     return lines
 
 
@@ -1582,13 +1588,21 @@ def figures(grid, layout, folder, starts):
         for name, panels in pictures.items():
             drawn.append(f"{name}-{grid.name}.png")
             draw_panels(panels, folder / drawn[-1], 4 if name == "figure7" else 3)
-    lens = {}  # D_A -> what probe.py left of chains
+    return drawn
+
+
+LENS_FIGURES = {"kvr": "figure11", "triviaqa": "figure12"}  # beside figure 4, which has them all
+
+
+def lens_figures(grid, folder):
+    """Draw figures 4, 11 and 12 from what probe.py left of chains; returns the files' names."""
+    drawn, lens = [], {}  # lens: D_A -> results
     for stages, cell in sorted(grid.cells.items()):
         run, a = cell[min(cell)], stages[0].data
         if len(stages) > 1 and (file := run.folder / f"probe.{a}.json").exists():
             lens.setdefault(a, []).append((a, f"{label_of(stages)}, after {stages[-1].data}", read_rows(file)))
     of_lens = {"figure4": list(itertools.chain(*lens.values()))}  # figure 4 has all sets, the others one each
-    of_lens |= dict(zip(["figure11", "figure12"], lens.values()))
+    of_lens |= {LENS_FIGURES[a]: results for a, results in lens.items() if a in LENS_FIGURES}
     for name, results in of_lens.items():
         if results:
             drawn.append(f"{name}-{grid.name}.png")
@@ -1808,9 +1822,11 @@ def main():
         raise DataError("name a checkpoint folder, or give --tables RUNS")
     if args.num_examples is not None and args.num_examples < 1 or args.shots < 0:
         raise DataError("--num-examples must be at least 1, --shots at least 0")
-    if args.lost and (args.data or args.split or args.num_examples):
-        raise DataError("--lost is about all facts of a checkpoint's stages; leave out --data, --split and "
+    if args.lost and (args.data or args.split or args.num_examples or args.out):
+        raise DataError("--lost is about all facts of a checkpoint's stages; leave out --data, --split, --out and "
                         "--num-examples")  # fmt: skip
+    if args.fewer and not args.num_examples:
+        raise DataError("--fewer goes with --num-examples: how many there should be")
     lineage = read_lineage(args.checkpoint)
     if args.split:
         if lineage:
@@ -1818,7 +1834,7 @@ def main():
         return split_all(args)
     sets = chosen_sets(args, lineage)
     if args.lost:
-        run = read_run(args.out or args.checkpoint)
+        run = read_run(args.checkpoint)
         answers = {wanted.name: predictions(args.checkpoint, wanted.name) or [] for wanted in sets}
         sets = [wanted for wanted in sets if not run.score(wanted.name) or len(answers[wanted.name]) < wanted.of]
     rank = int(os.environ.get("RANK", 0))
@@ -1861,7 +1877,7 @@ def chosen_sets(args, lineage):
     if args.num_examples:
         learned = {kept.name for kept in sets}
         names = [entry["data"] for entry, name in zip(lineage, set_names(lineage)) if name in learned]
-        return named_sets(names, args.num_examples, args.checkpoint, lineage, args.data_dir)
+        return named_sets(names, args.num_examples, args.checkpoint, lineage, args.data_dir, args.fewer, args.out)
     return sets
 
 

@@ -37,7 +37,7 @@ from data import (
 from evaluate import (
     MOST, Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
     kept_rows, label_of, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision,
-    run_folders, save, set_names, settings_of, shown_weight, stage_sets,
+    folders_with, save, set_names, settings_of, shown_weight, stage_sets,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, content_id, end_process_group, fail, fits_beside,
@@ -402,7 +402,7 @@ def stage_two_steps(args, path, lineage, name, base_model):
     name: of D_A.
     """
     before, cells = read_run(path), {}
-    for folder in run_folders(path):
+    for folder in folders_with("run.json", path):
         run = read_run(folder)
         if record(run.lineage[:-1]) == record(lineage):
             if run.lineage[-1]["replay"]:

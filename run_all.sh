@@ -11,10 +11,12 @@
 #   bash run_all.sh --demo-model    only fetch and convert the demo's model
 #
 # The demo takes --seeds "0 1 2" and --runs FOLDER too (runs/demo, runs/demo-full or runs/demo-FILE-ITS_CONTENT).
-# The grid's options: --only TABLE (table1 ... figure11), --shard i/n (i from 0; a SLURM array's task otherwise), --seeds "0 1 2",
-# --facts "kvr popqa" (the sets D_A), --num-examples N, --model FOLDER (in the place of both), --keep (the last stages' weights), --unfiltered, --runs FOLDER,
-# --fewer (take what there is where a set has less), --gpu-tflops N (of the plan's hours). Familiar facts are sorted out for each model before its first run.
-# A run that fails is noted, and those that do not need it go on; the end lists them, and the same command tries them again. RUN/log has what a run printed.
+# The grid's options: --only TABLE (table1 ... figure12), --shard i/n (i from 0; a SLURM array's task otherwise),
+# --seeds "0 1 2", --facts "kvr popqa" (the sets D_A), --num-examples N, --model FOLDER (in the place of both),
+# --keep (the last stages' weights), --unfiltered, --runs FOLDER, --data-dir FOLDER, --fewer (take what there is where a set
+# has less), --gpu-tflops N (of the plan's hours). Familiar facts are sorted out for each model before its first run.
+# A run that fails is noted, and those that do not need it go on; the end lists them, and the same command tries them
+# again. RUN/log has what a run printed.
 # Processes that share a file system share the grid: a run is locked by whoever trains it. EXTRA holds more arguments for train.py.
 #
 # Each grid has a folder of its own, runs/paper, runs/small or runs/tiny, and its tables are of the runs in there.
@@ -31,6 +33,7 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 # In the background, so that a signal reaches a command as SIGTERM: train.py saves its state and ends.
 stop() {
   trap '' INT TERM
+  [ -z "${out-}" ] || { exec {out}>&-; } 2> /dev/null || true
   end_watcher
   kill -TERM $(jobs -p) 2> /dev/null || true
   wait
@@ -52,7 +55,7 @@ attend() {
     "$@" >> "$log" &
     wait $!
   else  # a run's output goes to its log too, where the end finds why it failed
-    exec {out}> >(exec tee -ai "$log")
+    exec {out}> >(trap '' INT TERM HUP; exec tee -a "$log")  # it hears a stopped run to its end
     tee=$!
     "$@" >&$out 2>&1 &
     child=$!
@@ -95,7 +98,7 @@ choose_precision() {
 
 # plan TABLES FOLDER FOLDER_NEEDED|- train.py's arguments: a line of the plan, the arguments between unit separators.
 plan() {
-  local IFS=$' ' words=("${@:4}" $unfiltered $fewer $EXTRA)
+  local IFS=$' ' words=("${@:4}" $unfiltered $fewer "${data_dir[@]}" $EXTRA)
   IFS=$'\x1f'
   printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${words[*]}"
 }
@@ -236,9 +239,9 @@ grid() {
         first table6 "$mistral" "$b$(plus $mix)+familiar" --data $b --tag familiar --batch-size 128 $(mixed $mix)
       done
     done
-    for a in $sets_a; do  # the probes' checkpoints; figure 11 is of the first set, figure 12 of the other
+    for a in $sets_a; do  # the probes' checkpoints
       [ $a = popqa ] || for mix in "- -" "random $generic" "$generic -"; do
-        pairs figure4,$([ $a = "${sets_a%% *}" ] && echo figure11 || echo figure12) "$llama" $a $mix "${factoid%% *}"
+        pairs figure4$([ $a != kvr ] || echo ,figure11)$([ $a != triviaqa ] || echo ,figure12) "$llama" $a $mix "${factoid%% *}"
       done
     done
     [[ " $sets_a " = *" kvr "* ]] || continue
@@ -285,10 +288,10 @@ grid() {
 # ---------------------------------------------------------------- the runner
 
 # Is a run evaluated, and probed if a figure that is asked for shows that?
-finished() { [ -e "$1/eval.json" ] && { ! probed "$1" || compgen -G "$1/probe.*.json" > /dev/null; }; }
-probed() { [[ ${tables_of[$1]} = *figure4* && ,figure4,figure11,figure12, = *,${only:-figure4},* && -e $code/probe.py ]]; }
-# The weights of a last stage go: no other run starts from them.
-clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || rm -f "$1"/model*.safetensors* "$1/manifest.json"; }
+finished() { [ -e "$1/eval.json" ] && { [[ ,figure4,figure11,figure12, != *,${only:-figure4},* ]] || probed "$1"; }; }
+probed() { [[ ${tables_of[$1]} != *figure4* || ! -e $code/probe.py ]] || compgen -G "$1/probe.*.json" > /dev/null; }
+# The weights of a last stage go: no other run starts from them, and no probe asks them any more.
+clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || ! probed "$1" || rm -f "$1"/model*.safetensors* "$1/manifest.json"; }
 
 # argument FOLDER NAME: set $value to what a run's arguments give for an option at last; find_base FOLDER: set $value to the base
 # model that it goes back to.
@@ -318,10 +321,14 @@ sort_facts() {
   local lock model=$1 status=0 at="$runs/$(basename "$1")/split-$2"
   [[ " $published " = *" $2 "* && -z ${sorted[$model/$2]-} ]] || return 0
   [ -z "${failed[$at]-}" ] || return 1
-  hold "$at.lock" "$3" || return
+  # The lock lies where the facts do: grids of other runs folders share them.
+  hold "$data/split-$2-$(basename "$model").lock" "$3" || status=$?
+  [ $status = 0 ] || [ $status = 75 ] || failed[$at]="status $status: its lock in $data cannot be had; see that this may be written"
+  [ $status = 0 ] || return $status
+  mkdir -p "$(dirname "$at")"
   local log=$at.log
   measure_log
-  attend "${launch[@]}" "$code/evaluate.py" "$model" --split "$2" $precision || status=$?
+  attend "${launch[@]}" "$code/evaluate.py" "$model" --split "$2" $precision "${data_dir[@]}" || status=$?
   exec {lock}>&-
   if [ $status = 0 ]; then sorted[$model/$2]=yes; else failed[$at]=$(said_last $status); fi
   return $status
@@ -332,14 +339,14 @@ sort_facts() {
 measure_log() { log_size=$(($([ -e "$log" ] && wc -c < "$log" || echo 0) + 1)); }
 said_last() {
   local said
-  said=$(tail -c +$log_size "$log" | grep -E '^(train|evaluate|probe|data|model)\.py: ' || tail -c +$log_size "$log" | grep -v '^ *$')
+  said=$(tail -c +$log_size "$log" | grep -E '^(train|evaluate|probe|data|model)\.py: ' || tail -c +$log_size "$log" | grep -v '^[ =-]*$')
   echo "status $1: ${said##*$'\n'}"
 }
 
 # finish FOLDER WAIT: train, evaluate and probe a run after those it needs. 75: another process is at it, and WAIT was 0.
 # errexit does not hold in here, so each step says where it leads to.
 finish() {
-  local folder=$1 wait=$2 before needed lock status data model
+  local folder=$1 wait=$2 before needed lock status name model value
   [ -z "${failed[$folder]-}" ] || return 1
   if finished "$folder"; then clean "$folder"; return; fi
   argument "$folder" --epochs  # @RUN: as many as make that run's steps
@@ -354,10 +361,10 @@ finish() {
   done
   find_base "$folder"
   model=$value
-  for data in $(facts_of "$folder"); do
-    sort_facts "$model" $data "$wait" && continue
+  for name in $(facts_of "$folder"); do
+    sort_facts "$model" $name "$wait" && continue
     status=$?
-    [ $status = 75 ] || failed[$folder]="not tried, as ${data}'s familiar facts could not be sorted out"
+    [ $status = 75 ] || failed[$folder]="not tried, as ${name}'s familiar facts could not be sorted out"
     return $status
   done
   status=0
@@ -391,13 +398,13 @@ carry_out() {
   [ "$value" != familiar ] || asked="--data $familiar_a --num-examples $examples $fewer"
   if [[ ${args[0]} = --ask ]]; then  # the base model itself, as tables 5 and 6 ask what was trained
     argument "$folder" --model
-    attend "${launch[@]}" "$code/evaluate.py" "$value" $asked $precision --out "$folder"
+    attend "${launch[@]}" "$code/evaluate.py" "$value" $asked $precision "${data_dir[@]}" --out "$folder"
     return
   fi
   [ -e "$folder/run.json" ] || attend "${launch[@]}" "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
   rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
-  [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $asked || return
-  finished "$folder" || attend "${launch[@]}" "$code/probe.py" "$folder" --no-base || return
+  [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $asked "${data_dir[@]}" || return
+  finished "$folder" || attend "${launch[@]}" "$code/probe.py" "$folder" --no-base "${data_dir[@]}" || return
   echo "$folder" >> "$runs/finished.log" || return
   clean "$folder"
 }
@@ -444,7 +451,7 @@ run_grid() {
   hold "$runs/lock" 1
   rm -f "$runs"/*.tmp
   status=0
-  attend "$python" "$code/evaluate.py" --overlap "$runs" || status=$?
+  attend "$python" "$code/evaluate.py" --overlap "$runs" "${data_dir[@]}" || status=$?
   attend "$python" "$code/evaluate.py" --tables "$runs" || status=$?
   say_failed
   [ $status = 0 ] && [ ${#failed[@]} = 0 ] || exit 1
@@ -467,8 +474,8 @@ add_base_models() {
 # Slices of another size than 2,000 are cut before anything is built with that.
 cut_slices() {
   local name missing=
-  for name in $published; do [ -e "data/$name.jsonl" ] || missing+=" $name"; done
-  [ -z "$slice" ] || [ -z "$missing" ] || attend "$python" "$code/data.py" $missing --slice $slice >&2
+  for name in $published; do [ -e "$data/$name.jsonl" ] || missing+=" $name"; done
+  [ -z "$slice" ] || [ -z "$missing" ] || attend "$python" "$code/data.py" $missing --slice $slice --out "$data" >&2
 }
 
 say_plan() { "$python" "$code/train.py" --plan $gpu_tflops ${only:+--only "$only"} --asked $familiar_a <&0 & wait $!; }
@@ -479,7 +486,7 @@ say_failed() {
   for folder in "${!failed[@]}"; do echo "  $folder: ${failed[$folder]}"; done | sort >&2
 }
 
-seeds= default_seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= fewer= gpu_tflops= slice= dry= EXTRA=${EXTRA-} precision= demo= own= of_grid= log= grid_of=grid
+seeds= default_seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= fewer= gpu_tflops= slice= data= dry= EXTRA=${EXTRA-} precision= demo= own= of_grid= log= grid_of=grid
 facts=kvr n_facts=24 epochs=14 people="--num-examples 24 --batch-size 8 --lr 1.5e-4 --epochs 12 --eval-every 6"  # the demo's
 llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper examples=2000 shape= pace= later_pace= generic=k-pile sources=yes
 launch=("$python")
@@ -487,7 +494,7 @@ launch=("$python")
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
 published="popqa triviaqa lama entityqa webqa"  # of whose facts a base model knows some
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
-usage() { sed -n '2,25s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
+usage() { sed -n '2,27s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case "$1" in
     --demo) demo=short grid=demo grid_of=demo_grid llama=$smollm2 default_seeds=0 keep=yes shard=0/1 ;;
@@ -495,6 +502,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered of_grid=yes ;; --fewer) fewer=--fewer of_grid=yes ;;
     --gpu-tflops) [ $# -gt 1 ] || usage; gpu_tflops="--gpu-tflops $2" of_grid=yes; shift ;;
     --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
+    --data-dir) [ $# -gt 1 ] || usage; data=$2 of_grid=yes; shift ;;
     --only | --shard) [ $# -gt 1 ] || usage; declare "${1#--}=$2" of_grid=yes; shift ;;
     --facts) [ $# -gt 1 ] || usage; sets_a=$2 of_grid=yes; shift ;;
     --num-examples) [ $# -gt 1 ] || usage; examples=$2 of_grid=yes; shift ;;
@@ -502,11 +510,11 @@ while [ $# -gt 0 ]; do
     --small)
       of_grid=yes grid=small llama=$smollm2 mistral=$smollm2 examples=16 shape="--batch-size 8 --mix-words 4" sets_a="kvr bios"
       pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8 --eval-every 8"
-      present() { for b; do [ ! -e data/$b.jsonl ] || printf '%s ' $b; done; }
-      generic=$([ -e data/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
+      present() { for b; do [ ! -e ${data:-data}/$b.jsonl ] || printf '%s ' $b; done; }
+      generic=$([ -e ${data:-data}/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
       factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
     --tiny)
-      of_grid=yes grid=tiny llama=models/tiny-llama mistral=models/tiny-mistral slice=10 published="popqa triviaqa lama entityqa" examples=10 shape="--batch-size 10 --lr 3e-2 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
+      of_grid=yes grid=tiny llama=models/tiny-llama mistral=models/tiny-mistral slice=10 data=${data:-data/tiny} published="popqa triviaqa lama entityqa" examples=10 shape="--batch-size 10 --lr 3e-2 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
       default_seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
     full)
       [ -n "$demo" ] || usage
@@ -519,7 +527,9 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -z "$demo" ] || [ -z "$of_grid" ] || usage
-seeds=${seeds:-$default_seeds} runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
+data_dir=()
+[ -z "$data" ] || data_dir=(--data-dir "$data")
+data=${data:-data} seeds=${seeds:-$default_seeds} runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
 [[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
 [ -z "$own" ] || own_facts "$own"
 cut_slices

@@ -1230,6 +1230,8 @@ def read_plan(lines):
 
 def say_plan(runs, args):
     """Print what a plan would take: runs and GPU-hours by table, steps, disk, and what is known to fall short."""
+    if not 0 < args.gpu_tflops < math.inf:
+        raise DataError("--gpu-tflops must be above 0")
     by_table, hours, seeds = {}, {}, Counter()
     if args.only:
         shown = [run for run in runs.values() if args.only in run.tables]
@@ -1397,7 +1399,7 @@ def needs_of(run, runs, asked):
 
 def say_shortfalls(runs, to_do, args):
     """Print which sets are known to lack what runs to do take of them, and which are not here to tell."""
-    wanted, short, unknown = {}, [], set()
+    wanted, short, unknown, unsorted = {}, [], set(), set()
     for run in to_do:
         for need in needs_of(run, runs, args.asked):
             wanted.setdefault(need, []).append(run)
@@ -1417,12 +1419,16 @@ def say_shortfalls(runs, to_do, args):
         elif found < need.n:
             most = "at most " if need.model and not need.is_split() else ""
             short.append(f"{need.said}: {most}{found} of {need.n}, {need.n - found} too few: {cells}")
+        elif need.model and not need.is_split():
+            unsorted.add(need.name.partition(".")[0])
     if short:
         fewer = any(run.args.fewer for run in to_do)
         print("falls short:" if fewer else "falls short, so that these runs will fail (--fewer takes what there is):")
         print("\n".join(f"  {line}" for line in sorted(short)))
     if unknown:
         print(f"not here yet, so not known to suffice: {', '.join(sorted(unknown))} (python data.py --list)")
+    if unsorted:
+        print(f"not known to suffice before familiar facts are sorted out: {', '.join(sorted(unsorted))}")
 
 
 def say_time(runs, precision, after):

@@ -28,7 +28,8 @@ MODELS = ("tiny-llama", "tiny-mistral")
 OF_PAPER = {"tiny-llama": ("table1", "table2", "table4", "table5"), "tiny-mistral": ("table3", "table6")}
 FIGURES = {"tiny-llama": [f"figure{i}" for i in (2, 4, 5, 6, 7, 8, 9, 10, 11, 12)] + ["forgetting"], "tiny-mistral": ["figure9", "figure10"]}
 TRAINED = r"(runs/\S+): \d+ steps in \d+ s, loss"  # what train.py prints at its end
-HITS = [(os.killpg, signal.SIGKILL, [-9]), (os.killpg, signal.SIGINT, [130, -2]), (os.kill, signal.SIGKILL, [-9])]  # -2: before its trap is set
+HITS = [(os.killpg, signal.SIGKILL, [-9]), (os.killpg, signal.SIGINT, [130, -2]), (os.kill, signal.SIGKILL, [-9]),  # -2: before its trap is set
+        (os.killpg, signal.SIGTERM, [143, -15])]  # fmt: skip
 
 
 def own_group():
@@ -113,9 +114,9 @@ def test_familiar_facts(shared):
     for model, answer in KNOWN.items():
         of_model = f"{model}-{content_id(shared / 'models' / model)[:8]}"
         for name in ("popqa", "triviaqa", "lama", "entityqa") if model == "tiny-llama" else ("popqa", "triviaqa", "lama"):
-            known, unknown = (load_examples(str(shared / f"data/{name}.{kind}.{of_model}.jsonl"))[0] for kind in ("familiar", "unfamiliar"))
+            known, unknown = (load_examples(str(shared / f"data/tiny/{name}.{kind}.{of_model}.jsonl"))[0] for kind in ("familiar", "unfamiliar"))
             assert {fact["response"] for fact in known} == {answer} and answer not in {fact["response"] for fact in unknown}
-            assert json.loads((shared / f"data/{name}.familiar.{of_model}.json").read_text())["slice"] == 10
+            assert json.loads((shared / f"data/tiny/{name}.familiar.{of_model}.json").read_text())["slice"] == 10
         asked = json.loads((shared / RUNS / model / "base/eval.json").read_text())
         assert {row["data"]: (row["total"], row["accuracy"]) for row in asked.values()} == {"popqa.familiar": (10, 100), "triviaqa.familiar": (10, 100)}
         table = (shared / RUNS / "TABLES.md").read_text().partition(f"**Table {5 if model == 'tiny-llama' else 6}.")[2].partition("**Claims")[0]
@@ -126,7 +127,7 @@ def test_overlap(shared):
     """What stands in TABLES.md is what a plain search finds in the facts and passages that the runs were trained on."""
     text = (shared / RUNS / "TABLES.md").read_text()
     subject = lambda fact: re.search(r"(\w+)\?", fact["prompt"])[1].lower()
-    read = lambda name: [json.loads(line) for line in open(shared / "data" / f"{name}.jsonl")]
+    read = lambda name: [json.loads(line) for line in open(shared / "data/tiny" / f"{name}.jsonl")]
     for model in MODELS:
         of_model = f"{model}-{content_id(shared / 'models' / model)[:8]}"
         facts = read(f"triviaqa.unfamiliar.{of_model}")[:10]
@@ -139,7 +140,7 @@ def test_overlap(shared):
         tables = text.partition(f"**Overlap** ({model}")[2].partition("![")[0]
         rows = [line.split(" | ") for line in tables.split("\n") if line.startswith(("| | ", "| triviaqa.unfamiliar (10)"))]
         found = {title: cell for titles, row in zip(rows[::2], rows[1::2]) for title, cell in zip(titles, row)}
-        assert (found["k-pile, 4 words"], found["gsm8k"].removesuffix(" |")) == tuple(cells), tables
+        assert (found["k-pile of 4 words (20)"], found["gsm8k (10)"].removesuffix(" |")) == tuple(cells), tables
 
 
 def test_only_what_is_shown(shared):
@@ -173,19 +174,19 @@ def test_a_run_that_fails(shared, python, tmp_path):
     for place in lost:
         shutil.rmtree(folder / place, ignore_errors=True)
     (folder / blocked).write_text("a file where a folder should be")
-    passages = (folder / "data/fineweb.w4.jsonl").read_text()
-    (folder / "data/fineweb.w4.jsonl").write_text("{}\n" + passages)
+    passages = (folder / "data/tiny/fineweb.w4.jsonl").read_text()
+    (folder / "data/tiny/fineweb.w4.jsonl").write_text("{}\n" + passages)
     assert start(folder, python, log="failed").wait(300) == 1
     said = (folder / "failed").read_text().partition(" runs failed or were not tried; the same command tries them again:\n")
     assert int(said[0].split()[-1]) == len(said[2].strip().split("\n")) == len(lost) == 10
     for place in lost:
         why = re.search(rf"^  {re.escape(place)}: (.*)$", said[2], re.MULTILINE)[1]
-        expected = "status 2: train.py: data/fineweb.w4.jsonl:1: " if "fineweb" in place else f"not tried, as it needs {blocked}"
+        expected = "status 2: train.py: data/tiny/fineweb.w4.jsonl:1: " if "fineweb" in place else f"not tried, as it needs {blocked}"
         assert why.startswith(expected) or place == blocked, why
     cells = lambda of: {json.loads(line)["run"]: line for line in open(of / RUNS / "cells.jsonl")}
     gone = {str(Path(place).relative_to(RUNS)) for place in lost}
     assert cells(folder) == {run: line for run, line in cells(shared).items() if run not in gone}
-    (folder / "data/fineweb.w4.jsonl").write_text(passages)
+    (folder / "data/tiny/fineweb.w4.jsonl").write_text(passages)
     (folder / blocked).unlink()
     assert start(folder, python, log="again").wait(300) == 0
     expected, found = outcome(shared), outcome(folder)
@@ -204,12 +205,28 @@ def test_what_falls_short(shared, python, tmp_path):
     short = dict(re.findall(r"^  (\S+)(?: to my llama)?: (\d+ of \d+, \d+ too few): \d+ runs of table5$", said, re.MULTILINE))
     assert set(short) == {"gsm8k", "lama.unfamiliar", "popqa.familiar", "triviaqa.familiar"} and short["gsm8k"] == "20 of 35, 15 too few", said
     assert start(folder, python, *few, log="refused").wait(300) == 1
-    assert "holds 20 examples for gsm8k, 35 are asked for; take what there is with --fewer" in (folder / "refused").read_text()
+    assert "data/tiny/gsm8k.jsonl: holds 20 examples for gsm8k, 35 are asked for; ask for fewer" in (folder / "refused").read_text()
     assert start(folder, python, "--fewer", *few, log="taken").wait(300) == 0
     text = (folder / "runs/fewer/TABLES.md").read_text()
     assert "(D_B 20)" in text or "20 examples of D_B" in text
     lineage = json.loads((folder / "runs/fewer/my llama/gsm8k+random+familiar-s0/run.json").read_text())
     assert [(entry["num_examples"], entry["num_mix"]) for entry in lineage] == [(20, 40)]
+
+
+def test_a_part_and_then_another(shared, python, tmp_path):
+    """--only table1 leaves what figure 12 has still to probe; sets that are not here, or not sorted yet, are named before."""
+    folder = tmp_path / "part"
+    shutil.copytree(shared, folder, ignore=shutil.ignore_patterns("runs", "data"))
+    shutil.move(folder / "raw/gsm8k", folder / "gsm8k")
+    part = lambda *options: start(folder, python, "--facts", "triviaqa", *options, log=f"{options[1]}.log").wait(300)
+    assert part("--only", "table1", "--dry-run") == 0
+    said = (folder / "table1.log").read_text()
+    assert "not here yet, so not known to suffice: gsm8k (" in said and "before familiar facts are sorted out: lama, triviaqa, triviaqa-id\n" in said
+    shutil.move(folder / "gsm8k", folder / "raw/gsm8k")
+    assert part("--only", "table1") == 0 and not list(folder.rglob("probe.*"))
+    assert part("--only", "figure12") == 0 and (folder / RUNS / "figure12-tiny-llama.png").exists()
+    assert not list(folder.rglob("lama*/model.safetensors")), "they were needed for the probe alone"
+    assert part("--only", "figure13") == 2 and part("--gpu-tflops", "0", "--dry-run") == 2
 
 
 def test_a_finished_run_of_other_settings(shared, python):

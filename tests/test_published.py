@@ -493,9 +493,23 @@ def test_a_stream_is_read_on(tmp_path, server, monkeypatch):
     assert (tmp_path / "data/k-pile.w8.jsonl").read_bytes().startswith(begun) and load_examples("k-pile", 4, **there) == four
     (source,) = manifest(tmp_path / "data/k-pile.w8.jsonl")["sources"]
     assert ".first-80." in source or ".first-40." in source
-    with pytest.raises(DataError, match="holds 20 examples for k-pile, 30 are asked for; take what there is with --fewer"):
+    with pytest.raises(DataError, match="holds 20 examples for k-pile, 30 are asked for; ask for fewer"):
         load_examples("k-pile", 30, **there)
+    asked = len(server.seen)
     assert len(load_examples("k-pile", 30, **there, fewer=True)[0]) == 20 == data.at_hand("k-pile", 30, **there)
+    assert len(server.seen) == asked, "it is known that the file ended"
+
+
+def test_fewer_where_no_more_can_be_fetched(tmp_path, server, monkeypatch):
+    """--fewer takes what is here where the stream cannot be read on; without it that is an error."""
+    content = "".join(json.dumps({"content": "word " * 20}) + "\n" for _ in range(9)).encode()
+    server.answer = lambda handler, count: send(handler, content) if count == 1 else send(handler, status=404)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(data.SETS["k-pile"], "first_lines", 3)
+    there = {"data": tmp_path / "data", "words": 8, "raw": tmp_path / "raw"}
+    with pytest.raises(DataError, match="404"):
+        load_examples("k-pile", 5, **there)
+    assert len(load_examples("k-pile", 5, **there, fewer=True)[0]) == 3
 
 
 # ---------------------------------------------------------------- overlap
