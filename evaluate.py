@@ -281,9 +281,11 @@ class Sorting:
         """{flat file: its manifest} of the files that are there; one without facts is not."""
         found = {}
         for file in self.target.values():
-            manifest = read_rows(file.with_suffix(".json")) if file.exists() and file.with_suffix(".json").exists() else {}
-            if manifest and len(read_rows(file)) == manifest["kept"]:  # a kill may come between the two
-                found[file] = manifest
+            beside = file.with_suffix(".json")
+            if file.exists() and beside.exists():
+                manifest = read_rows(beside)
+                if len(read_rows(file)) == manifest["kept"]:  # a kill may come between the two
+                    found[file] = manifest
         return found
 
     @property
@@ -562,7 +564,8 @@ def folders_with(name, folder):
 
 
 def read_untrained(folder):
-    """{base_model_sha256: {name: row}} of base models themselves: of each eval.json below a folder without a run.json."""
+    """{base_model_sha256: {name: row}} of base models themselves: of each eval.json below a folder that has no run.json
+    beside it."""
     found = {}
     for place in sorted(folders_with("eval.json", folder)):
         if not (place / "run.json").exists() and not (place / "metrics.jsonl").exists():
@@ -1337,14 +1340,19 @@ class Texts:
     def load(self, data):
         examples, sha256 = load_examples(self.name, self.n, data, self.words, base_model=self.base_model)
         if sha256 != self.sha256:
-            raise DataError(f"{self.name} in {data}/: its first {self.n} lines are not those that the runs were trained "
-                            "on; give the folder that holds them with --data-dir")  # fmt: skip
+            raise DataError(f"{self.name} in {data}/: its first {self.n} lines are not those that the runs were "
+                            "trained on; give the folder that holds them with --data-dir")  # fmt: skip
         return examples
 
     @property
     def label(self):
         mixing = self.name in SETS and SETS[self.name].kind == "mixing"
         return set_label(self.name) + (f" of {self.words} words" if mixing else "") + f" ({self.n})"
+
+
+def by_name(texts):
+    """The place of Texts in a table."""
+    return set_label(texts.name), texts.words, texts.n, texts.sha256
 
 
 def learned_by(entry, words=0):
@@ -1370,7 +1378,6 @@ def overlap_pairs(runs):
         first, *later = run.lineage
         for entry in later if is_factoid(set_label(first["data"])) else []:
             chains[first["data_sha256"], entry["data_sha256"]] = (learned_by(first), learned_by(entry))
-    by_name = lambda texts: (set_label(texts.name), texts.words, texts.n, texts.sha256)
     pairs = list(itertools.product(sorted(facts.values(), key=by_name), sorted(mixes.values(), key=by_name)))
     return [*pairs, *sorted(chains.values(), key=lambda pair: (by_name(pair[0]), by_name(pair[1])))]
 
@@ -1417,9 +1424,9 @@ def overlap_tables(grid, folder):
             shares.setdefault(passages, {}).setdefault(facts, {})[texts] = text
     for passages, rows in sorted(shares.items(), reverse=True):
         what = "a passage of D_M" if passages else "an example of what came after it"
-        columns = sorted(set(itertools.chain(*rows.values())), key=lambda texts: (set_label(texts.name), texts.words, texts.n))
-        lines += ["", f"**Overlap** ({grid.name}: % of the facts that were trained on or asked whose subject and answer "
-                  f"stand in {what}, appendix B.6; bold above the paper's {100 * OVERLAP_LIMIT:.1f})", ""]  # fmt: skip
+        columns = sorted(set(itertools.chain(*rows.values())), key=by_name)
+        lines += ["", f"**Overlap** ({grid.name}: % of the facts that were trained on or asked whose subject and answer"
+                  f" stand in {what}, appendix B.6; bold above the paper's {100 * OVERLAP_LIMIT:.1f})", ""]  # fmt: skip
         lines += ["| | " + " | ".join(texts.label for texts in columns) + " |", "| --- |" + " ---: |" * len(columns)]
         for facts, row in rows.items():
             lines.append(f"| {facts.label} | {' | '.join(row.get(texts, '') for texts in columns)} |")

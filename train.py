@@ -1237,7 +1237,8 @@ def say_plan(runs, args):
         shown = [run for run in runs.values() if args.only in run.tables]
         if not shown:
             known = {name for run in runs.values() for name in run.tables}
-            raise DataError(f"--only {args.only}: no run is of it; there are {', '.join(sorted(known, key=place_of_table))}")
+            there = ", ".join(sorted(known, key=place_of_table))
+            raise DataError(f"--only {args.only}: no run is of it; there are {there}")
         runs = {str(run.folder): run for run in with_needed(shown, runs)}
     for folder, run in runs.items():
         for name in [args.only] if args.only else dict.fromkeys(run.tables):
@@ -1381,8 +1382,9 @@ class Need:
     def is_split(self):
         """Whether it is known which facts the base model knows; before, there are at most as many as found() says."""
         base, _, kind = self.name.removesuffix(".jsonl").partition(".")
-        model = self.base_model
-        return bool(model) and split_file(base.removesuffix("-id"), kind, model, self.data).with_suffix(".json").exists()
+        if not (model := self.base_model):
+            return False
+        return split_file(base.removesuffix("-id"), kind, model, self.data).with_suffix(".json").exists()
 
 
 def needs_of(run, runs, asked):
