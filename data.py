@@ -1223,7 +1223,10 @@ def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
             raise DataError(f"{path}: its sha256 is not the one in {stated.name}; remove both and get it again")
     usable = read_usable(name, row, files, n, words, skip_bad)
     while len(usable.examples) < least and (lines := lines_of_beginning(files)):
+        (shorter,) = files
         files = [fetch(name, row, raw, 2 * lines)]
+        for file in (shorter, shorter.with_name(f"{shorter.name}.sha256")):
+            file.unlink(missing_ok=True)  # the longer one begins with it
         usable = read_usable(name, row, files, n, words, skip_bad)
     examples, dropped = usable.examples, usable.dropped
     if row.kind == "factoid":
@@ -1576,8 +1579,8 @@ def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=Non
     row, path = SETS[base], flat_file(base, data, words)
     if familiarity and base_model:
         split = split_file(base, familiarity, base_model, data)
-        if split.with_suffix(".json").exists():
-            lines = _read_lines(split, None) if split.exists() else []
+        if split.exists():
+            lines = _read_lines(split, None)
             return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
     if row.build and not row.ends:
         return n
@@ -1925,6 +1928,9 @@ if __name__ == "__main__":
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # what was built is there; who reads along, head for instance, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"data.py: {error}; nothing was left half-written", file=sys.stderr)
         sys.exit(1)

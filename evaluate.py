@@ -979,18 +979,20 @@ def layout_of(grid):
     What followed one D_A makes a table if it is several sets; else a list of chains shows it.
     """
     of_paper = grid.name in PAPERS_MODELS
-    followed, later, familiar, two = {}, set(), set(), set()
+    followed, ablated, later, familiar, two = {}, set(), set(), set(), set()
     for stages, cell in grid.cells.items():
         data = [stage.data for stage in stages]
         if len(stages) == 2:
             followed.setdefault(data[0], set()).add("id" if data[1] == f"{data[0]}-id" else data[1])
+            if any(stage.tag in MIX_SETTINGS for stage in stages):
+                ablated.add(data[0])  # for figures 6 and 7
         elif len(stages) == 3:
             two.add("/".join(data[1:]))
         elif stages[0].tag == "familiar":
             later.add(data[0])
             asked = {row["data"] for run in cell.values() for row in run.scores.values()}
             familiar |= {name.removesuffix(".familiar") for name in asked if name.endswith(".familiar")}
-    first = {a for a, sets in followed.items() if of_paper or len(sets) > 1}
+    first = {a for a, sets in followed.items() if of_paper or len(sets) > 1 or a in ablated}
     for a in first:
         later |= followed[a] - {"id"}
     if of_paper:
@@ -1382,11 +1384,28 @@ def overlap_pairs(runs):
     return [*pairs, *sorted(chains.values(), key=lambda pair: (by_name(pair[0]), by_name(pair[1])))]
 
 
+def counted_overlap(folder):
+    """{(facts' sha256, texts' sha256): row} of overlap.jsonl; none where it cannot be read, since it can be made again."""
+    file, counted = Path(folder) / "overlap.jsonl", {}
+    try:
+        for row in read_rows(file) if file.exists() else []:
+            if wrong := wrong_fields(row, OVERLAP_FIELDS):
+                raise DataError(f"{file}: a row lacks {', '.join(wrong)}")
+            counted[row["facts_sha256"], row["texts_sha256"]] = row
+    except DataError:
+        print(f"{file}: damaged, so it is not used; make it again with evaluate.py --overlap {folder}", file=sys.stderr)
+        return {}
+    return counted
+
+
+OVERLAP_FIELDS = {"facts": str, "texts": str, "facts_sha256": str, "texts_sha256": str, "n_facts": int, "n_texts": int,
+                  "found": list}  # fmt: skip
+
+
 def keep_overlap(folder, data):
     """Count for each pair which facts have subject and answer in one of the texts (appendix B.6); kept as overlap.jsonl
     in folder, where --tables finds it. What was counted before is not counted again."""
-    file, rows = Path(folder) / "overlap.jsonl", []
-    before = {(row["facts_sha256"], row["texts_sha256"]): row for row in read_rows(file)} if file.exists() else {}
+    file, rows, before = Path(folder) / "overlap.jsonl", [], counted_overlap(folder)
     load, pairs = functools.cache(Texts.load), []
     for grid in grids_of(read_runs(folder), {}):
         pairs += overlap_pairs(runs_of(grid))
@@ -1413,9 +1432,7 @@ def runs_of(grid):
 
 def overlap_tables(grid, folder):
     """Lines of Markdown of the overlap between what a model's runs were trained on, as far as it was counted."""
-    file = folder / "overlap.jsonl"
-    counted = {(row["facts_sha256"], row["texts_sha256"]): row for row in read_rows(file)} if file.exists() else {}
-    shares, lines = {}, []
+    counted, shares, lines = counted_overlap(folder), {}, []
     for facts, texts in overlap_pairs(runs_of(grid)) if counted else []:
         if row := counted.get((facts.sha256, texts.sha256)):
             passages = texts.base_model is None

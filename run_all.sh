@@ -340,7 +340,7 @@ measure_log() { log_size=$(($([ -e "$log" ] && wc -c < "$log" || echo 0) + 1)); 
 said_last() {
   local said
   said=$(tail -c +$log_size "$log" | grep -E '^(train|evaluate|probe|data|model)\.py: ' || tail -c +$log_size "$log" | grep -v '^[ =-]*$')
-  echo "status $1: ${said##*$'\n'}"
+  if [ "$1" -gt 128 ]; then echo "status $1, ended by SIG$(kill -l $(($1 - 128)))"; else echo "status $1: ${said##*$'\n'}"; fi
 }
 
 # finish FOLDER WAIT: train, evaluate and probe a run after those it needs. 75: another process is at it, and WAIT was 0.
@@ -450,8 +450,10 @@ run_grid() {
   fi
   hold "$runs/lock" 1
   rm -f "$runs"/*.tmp
-  status=0
-  attend "$python" "$code/evaluate.py" --overlap "$runs" "${data_dir[@]}" || status=$?
+  local log=$runs/overlap.log
+  measure_log
+  attend "$python" "$code/evaluate.py" --overlap "$runs" "${data_dir[@]}" || failed[$runs/overlap.jsonl]=$(said_last $?)
+  log= status=0
   attend "$python" "$code/evaluate.py" --tables "$runs" || status=$?
   say_failed
   [ $status = 0 ] && [ ${#failed[@]} = 0 ] || exit 1
@@ -463,7 +465,11 @@ add_base_models() {
   for folder in "${todo[@]}"; do
     find_base "$folder"
     model=$value
-    [ -e "$model/config.json" ] || { echo "run_all.sh: $model: no such model; put its Hugging Face folder there, or give --model FOLDER, or --only a table of the other" >&2; exit 2; }
+    if [ ! -e "$model/config.json" ] || ! compgen -G "$model/*.safetensors" > /dev/null; then
+      echo "run_all.sh: $model: no model with config.json and safetensors; put its Hugging Face folder there, or give" \
+        "--model FOLDER, or --only a table of the other" >&2
+      exit 2
+    fi
     [[ ,${tables_of[$folder]}, =~ ,table[56], && -z ${args_of[$runs/$(basename "$model")/base]-} ]] || continue
     folder=$runs/$(basename "$model")/base
     args_of[$folder]=$'--ask\x1f--model\x1f'$model$'\x1f--tag\x1ffamiliar' needs_of[$folder]=- tables_of[$folder]=table5,table6
@@ -473,9 +479,11 @@ add_base_models() {
 
 # Slices of another size than 2,000 are cut before anything is built with that.
 cut_slices() {
-  local name missing=
-  for name in $published; do [ -e "$data/$name.jsonl" ] || missing+=" $name"; done
-  [ -z "$slice" ] || [ -z "$missing" ] || attend "$python" "$code/data.py" $missing --slice $slice --out "$data" >&2
+  local name
+  [ -n "$slice" ] || return 0
+  for name in $published; do  # one that cannot be had costs its own runs
+    [ -e "$data/$name.jsonl" ] || attend "$python" "$code/data.py" $name --slice $slice --out "$data" >&2 || true
+  done
 }
 
 say_plan() { "$python" "$code/train.py" --plan $gpu_tflops ${only:+--only "$only"} --asked $familiar_a <&0 & wait $!; }
@@ -530,7 +538,7 @@ done
 data_dir=()
 [ -z "$data" ] || data_dir=(--data-dir "$data")
 data=${data:-data} seeds=${seeds:-$default_seeds} runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
-[[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
+[[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] && [ ${shard%/*} -lt ${shard#*/} ] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
 [ -z "$own" ] || own_facts "$own"
 cut_slices
 if [ -n "$dry" ]; then

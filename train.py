@@ -1269,7 +1269,7 @@ def say_plan(runs, args):
     kept = {run.needs for run in runs.values()} - {"-"}
     for model in base_models(runs):
         size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 1e9
-        said = f"; {model} is not here, so its size is unknown"
+        said = f"; {model} has no weights here, so their size is unknown"
         if size:
             state = size * (3 if weights_dtype(model) == torch.float32 else 6)  # weights and moments in fp32
             said = f", {size:.3f} GB each of {model}; a run in progress takes {2 * state:.3f} GB more"
@@ -1384,7 +1384,7 @@ class Need:
         base, _, kind = self.name.removesuffix(".jsonl").partition(".")
         if not (model := self.base_model):
             return False
-        return split_file(base.removesuffix("-id"), kind, model, self.data).with_suffix(".json").exists()
+        return split_file(base.removesuffix("-id"), kind, model, self.data).exists()
 
 
 def needs_of(run, runs, asked):
@@ -1401,7 +1401,7 @@ def needs_of(run, runs, asked):
 
 def say_shortfalls(runs, to_do, args):
     """Print which sets are known to lack what runs to do take of them, and which are not here to tell."""
-    wanted, short, unknown, unsorted = {}, [], set(), set()
+    wanted, broken, short, unknown, unsorted = {}, [], [], set(), set()
     for run in to_do:
         for need in needs_of(run, runs, args.asked):
             wanted.setdefault(need, []).append(run)
@@ -1414,7 +1414,7 @@ def say_shortfalls(runs, to_do, args):
         try:
             found = need.found()
         except DataError as error:
-            short.append(f"{need.said}: {error}: {cells}")
+            broken.append(f"{error}: {cells}")
             continue
         if found is None:
             unknown.add(need.name.partition(".")[0])
@@ -1423,6 +1423,9 @@ def say_shortfalls(runs, to_do, args):
             short.append(f"{need.said}: {most}{found} of {need.n}, {need.n - found} too few: {cells}")
         elif need.model and not need.is_split():
             unsorted.add(need.name.partition(".")[0])
+    if broken:
+        print("cannot be read, so that these runs will fail:")
+        print("\n".join(f"  {line}" for line in sorted(broken)))
     if short:
         fewer = any(run.args.fewer for run in to_do)
         print("falls short:" if fewer else "falls short, so that these runs will fail (--fewer takes what there is):")
@@ -1558,5 +1561,8 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         fail("out of GPU memory; give --reshard-after-forward, --checkpoint-activations, fewer --micro-tokens or more "
              "ranks: --dry-run RANKS says what each takes", 1)  # fmt: skip
+    except BrokenPipeError:  # of the dry run or the plan; a run goes on with --resume
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail("whoever read the output went away before its end", 1)
     except OSError as error:  # a data folder that is full or may not be written
         fail(f"{error}; make room, or name a folder that may be written with --data-dir or --out", 1)
