@@ -1385,7 +1385,7 @@ def overlap_pairs(runs):
 
 
 def counted_overlap(folder):
-    """{(facts' sha256, texts' sha256): row} of overlap.jsonl; none where it cannot be read, since it can be made again."""
+    """{(facts' sha256, texts' sha256): row} of overlap.jsonl; none where it is damaged: it can be made again."""
     file, counted = Path(folder) / "overlap.jsonl", {}
     try:
         for row in read_rows(file) if file.exists() else []:
