@@ -5,6 +5,7 @@
     python evaluate.py models/Meta-Llama-3-8B --data bios    # any model on any set
     python evaluate.py models/Meta-Llama-3-8B --split popqa  # which facts the base model knows: familiar, unfamiliar
     torchrun --nproc_per_node 8 evaluate.py CKPT             # facts are shared out over the ranks
+    python evaluate.py --overlap runs/paper                  # which facts stand in what the runs were trained on
     python evaluate.py --tables runs/paper                   # tables, claims and figures of the runs below a folder
 
 Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.familiar.MODEL-ID.jsonl and
@@ -539,7 +540,6 @@ class Grid:
 
     name: str
     cells: dict  # {a tuple of Stages: {the stages' seeds: Run}}
-    base_model_sha256: str
     untrained: dict = dataclasses.field(default_factory=dict)  # eval.json of the base model itself, {name: row}
 
 
@@ -604,7 +604,7 @@ def grids_of(runs, untrained):
     for sha256, of_model in by_model.items():
         namesakes = list(names.values()).count(names[sha256]) > 1
         name = names[sha256] + (f"-{sha256[:8]}" if namesakes else "")
-        grids.append(Grid(name, cells_of(of_model), sha256, untrained.get(sha256, {})))
+        grids.append(Grid(name, cells_of(of_model), untrained.get(sha256, {})))
     return sorted(grids, key=lambda grid: grid.name)
 
 
@@ -1335,9 +1335,9 @@ class Texts:
 
     name: str  # a data name
     n: int  # its first n
-    words: int  # of a passage
+    words: int  # of a passage; 0 of others
     sha256: str
-    base_model: BaseModel
+    base_model: BaseModel = dataclasses.field(compare=False)  # None of passages
 
     def load(self, data):
         examples, sha256 = load_examples(self.name, self.n, data, self.words, base_model=self.base_model)
@@ -1357,9 +1357,9 @@ def by_name(texts):
     return set_label(texts.name), texts.words, texts.n, texts.sha256
 
 
-def learned_by(entry, words=0):
+def learned_by(entry):
     """The Texts of a stage's own set."""
-    return Texts(stage_set(entry), entry["num_examples"], words, entry["data_sha256"], BaseModel.of(entry))
+    return Texts(stage_set(entry), entry["num_examples"], 0, entry["data_sha256"], BaseModel.of(entry))
 
 
 def overlap_pairs(runs):

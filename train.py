@@ -961,7 +961,7 @@ def plan(args, config, lineage, tokenizer):
     args.epochs, _ = resolve_epochs(args.epochs, len(examples), args.batch_size)
     tokens = sum(len(example.ids) for example in trained_examples(examples, args.mix_weight))  # an epoch
     total = args.epochs * math.ceil(len(examples) / args.batch_size)
-    n_params = sum(param.numel() for param in build_model(config, torch.float32).parameters())
+    n_params = count_params(config)
     micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if gpu else "cpu"]
     # Without GPUs all ranks are taken to share this machine's memory.
     share = 1 if gpu else int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / ranks
@@ -1008,6 +1008,10 @@ def plan(args, config, lineage, tokenizer):
                         f"--out{less}")  # fmt: skip
     if problems:
         raise DataError(f"{args.model}: {'; '.join(problems)}")
+
+
+def count_params(config):
+    return sum(param.numel() for param in build_model(config, torch.float32).parameters())
 
 
 def what_fits(fits, more):
@@ -1322,14 +1326,15 @@ def flops(run, runs):
         n_mix = round(args.mix_ratio * args.num_examples)
         tokens += n_mix * mean_tokens(args.mix, args.mix_words, args.data_dir, model)
     epochs = most_steps(args, runs) / steps_an_epoch(args)
-    return 6 * count_params(model) * epochs * tokens
+    return 6 * params_of(model) * epochs * tokens
 
 
 @functools.cache
-def count_params(model):
+def params_of(model):
+    """How many parameters the model in a folder has; of the paper's two also where it is not here."""
     if not (Path(model) / "config.json").exists():
         return PARAMETERS.get(model_name(model), PARAMETERS["Meta-Llama-3-8B"])
-    return sum(param.numel() for param in build_model(Config.from_folder(model), torch.float32).parameters())
+    return count_params(Config.from_folder(model))
 
 
 @functools.cache
@@ -1379,7 +1384,7 @@ class Need:
         passages = f" of {self.words} words" if self.name in SETS and SETS[self.name].kind == "mixing" else ""
         return f"{self.name}{of_model}{passages}"
 
-    def is_split(self):
+    def is_sorted(self):
         """Whether it is known which facts the base model knows; before, there are at most as many as found() says."""
         base, _, kind = self.name.removesuffix(".jsonl").partition(".")
         if not (model := self.base_model):
@@ -1419,9 +1424,9 @@ def say_shortfalls(runs, to_do, args):
         if found is None:
             unknown.add(need.name.partition(".")[0])
         elif found < need.n:
-            most = "at most " if need.model and not need.is_split() else ""
+            most = "at most " if need.model and not need.is_sorted() else ""
             short.append(f"{need.said}: {most}{found} of {need.n}, {need.n - found} too few: {cells}")
-        elif need.model and not need.is_split():
+        elif need.model and not need.is_sorted():
             unsorted.add(need.name.partition(".")[0])
     if broken:
         print("cannot be read, so that these runs will fail:")
@@ -1489,8 +1494,7 @@ class Expected:
     def of(cls, model, precision):
         config, device_type = Config.from_folder(model), "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        n_params = sum(param.numel() for param in build_model(config, torch.float32).parameters())
-        return cls(n_params, product_speeds(config, device_type)[dtype])
+        return cls(count_params(config), product_speeds(config, device_type)[dtype])
 
     def seconds(self, tokens, steps=1):
         """Three products a weight and token, and an update that reads 16 bytes a weight and writes 12."""
@@ -1508,11 +1512,8 @@ def timed_steps(folder):
 
 def tokens_and_steps(run, runs):
     """(tokens, steps) of a planned run whose loss never stops it."""
-    base = run
-    while base.needs != "-":
-        base = runs[base.needs]
     with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say what is left out
-        examples, _ = encode_stage(run.args, [], load_tokenizer(base.args.model))
+        examples, _ = encode_stage(run.args, [], load_tokenizer(base_of_run(run, runs)))
     steps = most_steps(run.args, runs)
     epochs = steps / math.ceil(len(examples) / run.args.batch_size)
     weight = resolve_mix_weight(run.args.mix_weight, examples)
