@@ -3,6 +3,7 @@
 `pytest tests/test_faults.py --long` kills 50 runs instead of 10.
 """
 
+import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -105,37 +106,66 @@ def unbroken(work, server):
 # ---------------------------------------------------------------- kills
 
 
+def logged(out):
+    """How many steps a run has logged."""
+    log = out / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def saved(out):
+    """The step of a run's newest whole state, 0 where it has none."""
+    return max([int(state.name.removeprefix("state-")) for state in out.glob("state-*[0-9]")], default=0)
+
+
+def wait_until(moment, processes):
+    """Wait for moment(), which comes while the command runs."""
+    while not moment():
+        assert processes[0].is_alive()
+        time.sleep(0.001)
+
+
+def send(processes, sent):
+    """Send a signal to those of a command's processes that still run."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, sent)
+
+
+def killed_in(moment, chance, server, work, ranks, name):
+    """(folder, step) of a run killed while moment(folder, step) held: its processes are stopped before the question is put,
+    so that a moment of a millisecond is hit for certain; a run that was over before is made again."""
+    for again in range(20):
+        out, step = work / f"{name}-{again}", chance.randint(1, 26)
+        processes = start(server, work, *TRAIN, "--out", out, ranks=ranks)
+        while all(process.is_alive() for process in processes):
+            if not moment(out, step):
+                time.sleep(0.0002)
+                continue
+            time.sleep(chance.choice([0, 0.002, 0.02]))
+            send(processes, signal.SIGSTOP)
+            caught = moment(out, step)
+            send(processes, signal.SIGKILL if caught else signal.SIGCONT)
+            if caught and finish(processes, work)[0] == [-signal.SIGKILL] * ranks:
+                return out, step
+        finish(processes, work)
+    raise AssertionError("20 runs ended before that moment")
+
+
 def test_killed_at_any_moment(work, server, unbroken, request):
     """kill -9 in steps, in saves of the state and in the last save: --resume ends with the unbroken run's weights and log, bit for bit."""
     chance = random.Random(0)
-    hit = {"between saves": 0, "in a state's save": 0, "in the last save": 0}
-    for n in range(50 if request.config.getoption("--long") else 10):
-        ranks, out = 2 if n % 3 == 0 else 1, work / f"killed-{n}"
-        processes = start(server, work, *TRAIN, "--out", out, ranks=ranks)
-        step = chance.randint(1, 29)
-        moment = {
-            0: lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= step,
-            1: lambda: any(out.glob(f"state-{max(4, step // 4 * 4):06d}.*.tmp")),
-            2: lambda: any(out.glob("model.safetensors*")),
-        }[n // 3 % 3]
-        while not moment() and processes[0].is_alive():
-            time.sleep(0.0002)
-        time.sleep(chance.uniform(0, 0.02))
-        for process in processes:
-            process.kill()
-        finish(processes, work)
-        if list(out.glob("state-*.tmp")):
-            hit["in a state's save"] += 1
-        elif list(out.glob("model.safetensors*")):
-            hit["in the last save"] += 1
-        else:
-            hit["between saves"] += 1
+    moments = {  # of a run that is to have logged so many steps
+        "between saves": lambda out, step: logged(out) >= step and not any(out.glob("*.tmp")),
+        "in a state's save": lambda out, step: logged(out) >= step and any(out.glob("state-*.tmp")),
+        "in the last save": lambda out, step: any(out.glob("model.safetensors*")),
+    }
+    for n in range(51 if request.config.getoption("--long") else 9):
+        ranks, (name, moment) = 2 if n % 3 == 0 else 1, list(moments.items())[n // 3 % 3]
+        out, step = killed_in(moment, chance, server, work, ranks, f"killed-{n}")
         done = (out / "run.json").exists()
         statuses, output = train(server, work, *TRAIN, "--out", out, "--resume", ranks=ranks)
         assert statuses == ([2] if done else [0]) * ranks, output
-        assert outcome(out) == unbroken[ranks], (n, ranks, step)
-    print(hit)
-    assert all(hit.values()), hit
+        assert outcome(out) == unbroken[ranks], (name, ranks, step)
 
 
 def test_killed_again_and_again(work, server, unbroken):
@@ -143,11 +173,9 @@ def test_killed_again_and_again(work, server, unbroken):
     out = work / "again"
     for ranks, last in ((1, 8), (2, 16), (4, 24), (2, None)):
         processes = start(server, work, *TRAIN, "--out", out, "--resume", ranks=ranks)
-        while last and not list(out.glob(f"state-{last:06d}")):
-            assert processes[0].is_alive()
-            time.sleep(0.001)
-        for process in processes if last else []:
-            process.kill()
+        if last:
+            wait_until(lambda: saved(out) >= last, processes)
+            send(processes, signal.SIGKILL)
         statuses, output = finish(processes, work)
     assert statuses == [0, 0], output
     rows, losses = metrics(out), [row["loss"] for row in unbroken[1][1]]
@@ -171,8 +199,8 @@ def slow_run(work, out):
                "--epochs", "3000", "--out", out]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torchrun = subprocess.Popen(command, cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log, end = work / out / "metrics.jsonl", time.time() + 120
-    while not log.exists() or log.read_text().count("\n") < 2:
+    end = time.time() + 120
+    while logged(work / out) < 2:
         assert torchrun.poll() is None and time.time() < end
         time.sleep(0.05)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True, check=True)
@@ -207,9 +235,8 @@ def test_signals_lose_no_step(work, server, unbroken, sent, status):
     """A run stopped by SIGTERM or Ctrl-C has no state but that of its last step, and ends after --resume as if nothing had happened."""
     out = work / sent.name
     processes = start(server, work, *TRAIN, "--save-every", 0, "--out", out)
-    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
-        time.sleep(0.001)
-    os.kill(processes[0].pid, sent)
+    wait_until(lambda: logged(out) >= 3, processes)
+    send(processes, sent)
     statuses, output = finish(processes, work)
     assert statuses == [status] and f"{sent.name}: stopped after step" in output and "Traceback" not in output, output
     statuses, output = train(server, work, *TRAIN, "--save-every", 0, "--out", out, "--resume")
@@ -244,11 +271,8 @@ def test_saved_by_the_clock(work, server, unbroken):
     """With --save-every in minutes both ranks save when rank 0's clock says so, and a killed run goes on from there."""
     out, options = work / "by-the-clock", ["--save-every", "0.001m"]
     processes = start(server, work, *TRAIN, *options, "--out", out, ranks=2)
-    while not list(out.glob("state-*[0-9]")):
-        assert processes[0].is_alive()
-        time.sleep(0.001)
-    for process in processes:
-        process.kill()
+    wait_until(lambda: saved(out), processes)
+    send(processes, signal.SIGKILL)
     finish(processes, work)
     statuses, output = train(server, work, *TRAIN, *options, "--out", out, "--resume", ranks=2)
     assert statuses == [0, 0] and "goes on after step" in output, output
@@ -263,10 +287,9 @@ def test_penalty_after_a_kill(work, server, unbroken, penalty):
         out = work / f"{penalty}-{name}"
         command = [penalty, *TRAIN, "--out", out]
         processes = start(server, work, *command, script="tests/penalties.py", ranks=2)
-        while killed and not (out / "state-000008").exists():
-            time.sleep(0.001)
-        for process in processes if killed else []:
-            process.kill()
+        if killed:
+            wait_until(lambda: saved(out) >= 8, processes)
+            send(processes, signal.SIGKILL)
         statuses, output = finish(processes, work)
         if killed:
             statuses, output = train(server, work, *command, "--resume", script="tests/penalties.py", ranks=2)
@@ -312,10 +335,8 @@ def test_disk_full(work, server, unbroken, small_disk, ranks):
     else:
         out, limit = work / f"full-{ranks}", {"FILE_LIMIT": size // ranks // 2}
         processes = start(server, work, *TRAIN, "--out", out, ranks=ranks)
-        while not (out / "state-000004").exists():
-            time.sleep(0.001)
-        for process in processes:
-            process.kill()
+        wait_until(lambda: saved(out), processes)
+        send(processes, signal.SIGKILL)
         finish(processes, work)
         statuses, output = train(server, work, *TRAIN, "--out", out, "--resume", ranks=ranks, **limit)
         assert "file too large" in output
@@ -404,10 +425,8 @@ def interrupted(work, server):
     """A run on two ranks that was killed after a state."""
     out = work / "interrupted"
     processes = start(server, work, *TRAIN, "--out", out, ranks=2)
-    while not (out / "state-000008").exists():
-        time.sleep(0.001)
-    for process in processes:
-        process.kill()
+    wait_until(lambda: saved(out) >= 8, processes)
+    send(processes, signal.SIGKILL)
     finish(processes, work)
     return out
 
@@ -522,9 +541,8 @@ def test_precisions_go_on(work, server, options):
     options = [*TRAIN, *options]
     assert train(server, work, *options, "--out", f"{name}-unbroken")[0] == [0]
     processes = start(server, work, *options, "--out", f"{name}-stopped")
-    while not (work / f"{name}-stopped/metrics.jsonl").exists() or not (work / f"{name}-stopped/metrics.jsonl").stat().st_size:
-        time.sleep(0.001)
-    processes[0].terminate()
+    wait_until(lambda: logged(work / f"{name}-stopped"), processes)
+    send(processes, signal.SIGTERM)
     assert finish(processes, work)[0] == [143]
     assert train(server, work, *options, "--out", f"{name}-stopped", "--resume")[0] == [0]
     assert outcome(work / f"{name}-stopped") == outcome(work / f"{name}-unbroken")

@@ -289,7 +289,7 @@ def test_killed_at_random(shared, python, tmp_path, request):
         i, (kill, sent, statuses) = chance.randrange(2), HITS[n % len(HITS)]
         if processes[i].poll() is None:
             kill(processes[i].pid, sent)
-            assert processes[i].wait(60) in statuses
+            assert processes[i].wait(60) in [0, *statuses]  # 0: it was just done
             processes[i] = go()
     log = (tmp_path / "log").read_text
     assert [process.wait(600) for process in processes] == [0, 0], log()[-4000:]
