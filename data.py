@@ -1222,11 +1222,8 @@ def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
         if stated.exists() and not row.streamed and _sha256(path) != stated.read_text().split()[0]:
             raise DataError(f"{path}: its sha256 is not the one in {stated.name}; remove both and get it again")
     usable = read_usable(name, row, files, n, words, skip_bad)
-    while len(usable.examples) < least and (lines := lines_of_beginning(files)):
-        (shorter,) = files
-        files = [fetch(name, row, raw, 2 * lines)]
-        for file in (shorter, shorter.with_name(f"{shorter.name}.sha256")):
-            file.unlink(missing_ok=True)  # the longer one begins with it
+    while len(usable.examples) < least and (lines := lines_of_beginning(files, row)):
+        files = [read_on(files[0], lines, name, row, raw)]
         usable = read_usable(name, row, files, n, words, skip_bad)
     examples, dropped = usable.examples, usable.dropped
     if row.kind == "factoid":
@@ -1245,7 +1242,7 @@ def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
             sources = {f"{len(files)} files below {place(os.path.commonpath(files))}": total}
     if not examples:
         raise DataError(f"{files[0]}: no usable example in it (dropped: {dict(dropped)}); see that it is the published file")
-    ended = {"ended": True} if row.streamed and len(examples) < n and not lines_of_beginning(files) else {}
+    ended = {"ended": True} if row.streamed and len(examples) < n and not lines_of_beginning(files, row) else {}
     return examples, {"sources": sources, "dropped": dict(dropped), "bad": usable.bad, "beyond_limit": max(0, len(examples) - n)} | ended
 
 
@@ -1288,11 +1285,26 @@ def raw_files(name, row, raw):
 BEGINNING = re.compile(r"\.first-(\d+)\.")  # in the name of a file of which only so many lines were downloaded
 
 
-def lines_of_beginning(files):
-    """How many lines of a longer file were downloaded, if a file's beginning is all there is; else 0."""
-    match = BEGINNING.search(files[0].name) if len(files) == 1 else None
-    lines = int(match[1]) if match else 0
+def lines_of_beginning(files, row):
+    """How many lines of a longer file were downloaded, if such a beginning is all there is; else 0."""
+    match = BEGINNING.search(files[0].name) if len(files) == 1 and row.first_lines else None
+    ours = match and BEGINNING.sub(".", files[0].name) in [Path(url).name for url in row.urls]
+    lines = int(match[1]) if ours else 0
     return lines if lines and _count_lines(files[0]) == lines else 0
+
+
+def read_on(shorter, lines, name, row, raw):
+    """Download twice the lines of a file's beginning; returns the path of that, which takes the shorter one's place."""
+    longer = fetch(name, row, raw, 2 * lines)
+    with intact(shorter), open(shorter, "rb") as old, open(longer, "rb") as new:
+        alike = all(ours == theirs for ours, theirs in zip(old, new))
+    replaced = shorter if alike else longer
+    for file in (replaced, replaced.with_name(f"{replaced.name}.sha256")):
+        file.unlink(missing_ok=True)
+    if not alike:
+        raise DataError(f"{shorter}: the published file no longer begins so; keep to what is here with --fewer, or remove "
+                        "it and build the sets made from it again")  # fmt: skip
+    return longer
 
 
 def fetch(name, row, raw, first_lines=0):
@@ -1526,9 +1538,9 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", bas
             check_split(path, base, base_model)
             lines = _read_lines(path, None)
             lines = (second_slice if second else first_slice)(lines, slice_size(path))[:n]
-        elif too_short(path, SETS[base], n, fewer):
+        elif too_short(path, base, n, data, raw, fewer):
             with alone_at(flat_file(base, data)):
-                if too_short(path, SETS[base], n, fewer):  # still, if another process was at it
+                if too_short(path, base, n, data, raw, fewer):  # still, if another process was at it
                     build_longer(base, n or 0, data, words, raw, fewer)
             lines = _read_lines(path, n) if path.exists() else []
     elif not path.exists():
@@ -1541,17 +1553,20 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", bas
     return examples, hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def too_short(path, row, n, fewer=False):
+def too_short(path, base, n, data, raw, fewer=False):
     """Whether a set's flat file must be built: it is missing, or there can be more than the fewer than n that it holds.
 
     fewer: what it holds is enough if its source had no more.
     """
     if not path.exists():
-        return True
-    manifest = path.with_suffix(".json")
+        return SETS[base].kind != "factoid" or not flat_file(base, data).exists()  # an empty second slice has no file
+    manifest, row = path.with_suffix(".json"), SETS[base]
     if not n or not (row.build or row.streamed) or not manifest.exists() or len(_read_lines(path, n)) >= n:
         return False
-    return not (fewer and _read_json(manifest, "remove it and its .jsonl").get("ended"))
+    known = _read_json(manifest, "remove it and its .jsonl")
+    if not fewer or not known.get("ended"):
+        return True
+    return any(os.path.relpath(file, raw) not in known["sources"] for file in raw_files(base, row, raw)) if row.read else False
 
 
 def build_longer(name, n, data, words, raw, fewer=False):
@@ -1560,12 +1575,23 @@ def build_longer(name, n, data, words, raw, fewer=False):
     manifest = path.with_suffix(".json")
     known = _read_json(manifest, "remove it and its .jsonl") if manifest.exists() else {}
     as_known = {"n": max(n, SETS[name].size), "seed": known.get("seed", 0), "words": words, "raw": raw, "size": known.get("slice", SLICE)}
-    try:
+    if fewer:
+        build_at_most(name, data, **as_known, least=n)
+    else:
         build(name, data, **as_known, least=n)
-    except DataError:
-        if not fewer or not (path.exists() or raw_files(name, SETS[name], raw)):
+
+
+def build_at_most(name, out, *, raw, least, **options):
+    """Build a set with `least` examples, or with what is here where no more can be had."""
+    try:
+        return build(name, out, raw=raw, least=least, **options)
+    except DataError as error:
+        row = SETS[resolve(name)[0]]
+        if not row.first_lines or not raw_files(resolve(name)[0], row, raw):
             raise
-        build(name, data, **as_known)  # what is here, where no more could be fetched
+        paths = build(name, out, raw=raw, **options)
+        print(f"{error}; going on with what is here", file=sys.stderr)
+        return paths
 
 
 def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None):
@@ -1584,11 +1610,11 @@ def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=Non
             return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
     if row.build and not row.ends:
         return n
-    if too_short(path, row, n, fewer=True):
+    if too_short(path, base, n, data, raw, fewer=True):
         files = [] if row.build else raw_files(base, row, raw)
         if not row.build and not files and not row.urls:
             return 0  # nobody but the user can bring it
-        if not row.build and (not files or lines_of_beginning(files)):
+        if not row.build and (not files or lines_of_beginning(files, row)):
             return None  # what a download will bring
         load_examples(base, n, data, words, raw, fewer=True)
     path = flat_file(f"{base}-id", data) if second else path
@@ -1618,6 +1644,10 @@ def check_split(path, stem, base_model):
         raise DataError(f"{path}: no such file; {remedy}, which makes it where {base_model.name} has such facts")
     if not manifest.exists() or _read_json(manifest, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:
         raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove both and {remedy}")
+    whole = flat_file(stem, path.parent)
+    if whole.exists() and slice_size(whole) != slice_size(path):
+        raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not {slice_size(whole)}; remove "
+                        f"{path.parent}/{stem}.*-{base_model.sha256[:8]}.* and {remedy}")  # fmt: skip
 
 
 def is_split(name):
@@ -1708,6 +1738,7 @@ def check_example(example):
 # ---------------------------------------------------------------- overlap
 
 OVERLAP_LIMIT = 0.013  # appendix B.6: the paper's sets stay below
+LINKING = ("of", "the", "and", "de", "la", "van", "von")  # inside a name
 COMMON = set("a an the of in on at to for by and or is was were are did does do what which who whom whose where when how why name".split())
 
 
@@ -1724,14 +1755,29 @@ def subjects_of(name, data="data"):
 
 
 def guess_subject(prompt):
-    """The words of a question that name what it is about: its longest run of capitalized words, or else all but common ones."""
+    """The phrases that name what a question is about: its longest run of words with capitals or digits, or else each of
+    its words that is not common."""
     asked = prompt.removeprefix("Question: ").removesuffix("\nThe answer is:")
-    runs = re.findall(r"(?:[A-Z0-9][\w'.-]*)(?:\s+(?:(?:of|the|and|de|la|van|von)\s+)*[A-Z0-9][\w'.-]*)*", asked)
-    runs = [run for run in runs if run.lower() not in COMMON]
-    if runs:
-        first = max(runs, key=len).split()
-        return " ".join(first[1:] if len(first) > 1 and first[0].lower() in COMMON - {"the", "a", "an"} else first)
-    return " ".join(word for word in word_text(asked).split() if word not in COMMON)
+    names = names_in(asked)
+    return [max(names, key=len)] if names else [word for word in word_text(asked).split() if word not in COMMON]
+
+
+def names_in(text):
+    """The runs of words in a text that have capitals or digits (Ágnes, iPhone, 4), small words between them included;
+    the question word in front of one is none of it."""
+    runs, between = [[]], []
+    for word in re.findall(r"[\w'.-]+|\S", text):
+        if any(letter.isupper() or letter.isdigit() for letter in word):
+            runs[-1] += [*between, word] if runs[-1] else [word]
+            between = []
+        elif word in LINKING:
+            between.append(word)
+        else:
+            runs.append([])
+            between = []
+    asking = COMMON - {"the", "a", "an"}
+    runs = [run[1:] if run and run[0].lower() in asking else run for run in runs]
+    return [" ".join(run) for run in runs if run and not (len(run) == 1 and run[0].lower() in COMMON)]
 
 
 def overlap(facts, subjects, documents):
@@ -1739,17 +1785,23 @@ def overlap(facts, subjects, documents):
 
     subjects: {id: subject} where the set names them; else they are guessed from the question.
     """
-    pairs = [(word_text(subjects.get(f["id"]) or guess_subject(f["prompt"])), word_text(f["response"])) for f in facts]
-    needed = {word for subject, answer in pairs for word in (subject + answer).split()}
+    wanted = []  # of each fact, the phrases that must stand in a document
+    for fact in facts:
+        subject = subjects.get(fact["id"])
+        phrases = [*([subject] if subject else guess_subject(fact["prompt"])), fact["response"]]
+        wanted.append([word_text(phrase) for phrase in phrases])
+    needed = {word for phrases in wanted for word in "".join(phrases).split()}
     texts, index = [], collections.defaultdict(set)
     for i, document in enumerate(documents):
         texts.append(word_text(" ".join(text for turn in turns(document) for text in turn)))
         for word in needed.intersection(texts[-1].split()):
             index[word].add(i)
     found = []
-    for fact, (subject, answer) in zip(facts, pairs):
-        candidates = sorted((index[word] for word in {*subject.split(), *answer.split()}), key=len)
-        together = [i for i in set.intersection(*candidates) if subject in texts[i] and answer in texts[i]] if subject.strip() and answer.strip() else []
+    for fact, phrases in zip(facts, wanted):
+        if len(phrases) == 1 or not all(phrase.strip() for phrase in phrases):
+            continue  # a question or an answer without a word
+        candidates = sorted((index[word] for word in set("".join(phrases).split())), key=len)
+        together = [i for i in set.intersection(*candidates) if all(phrase in texts[i] for phrase in phrases)]
         if together:
             found.append((fact, len(together), documents[min(together)]))
     return found
@@ -1896,9 +1948,12 @@ def main():
                 raise DataError(f"{name}: would be written to {place}, as {other} is; rename one of the two, or build it with another --out")
     for name in SETS if "all" in args.names else args.names:
         try:
-            of_user = name not in SETS and OWN_FILE.match(name)
-            with contextlib.nullcontext() if of_user else alone_at(flat_file(resolve(name)[0], args.out)):
-                paths = build(name, args.out, args.limit, args.seed, args.words, args.raw, args.skip_bad, args.slice, args.limit or 0)
+            options = {"n": args.limit, "seed": args.seed, "words": args.words, "raw": args.raw, "skip_bad": args.skip_bad}
+            if name not in SETS and OWN_FILE.match(name):
+                paths = build(name, args.out, **options)
+            else:
+                with alone_at(flat_file(resolve(name)[0], args.out)):
+                    paths = build_at_most(name, args.out, **options, size=args.slice, least=args.limit or 0)
             for path in paths:
                 manifest = json.loads(path.with_suffix(".json").read_bytes())
                 counts = [f"{count} dropped: {reason}" for reason, count in manifest["dropped"].items()]

@@ -34,9 +34,10 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    OVERLAP_LIMIT, SETS, SLICE, BaseModel, DataError, Parser, encode_example, end_on_signals, flat_file, is_name_of_set,
-    is_split, json_line, load_examples, load_pool, load_tokenizer, overlap, path_from, progress_bar, relative_path,
-    resolve, set_label, slice_size, split_file, stage_facts, stage_set, subjects_of, write_file, write_flat,
+    DEFAULT_WORDS, OVERLAP_LIMIT, SETS, SLICE, BaseModel, DataError, Parser, encode_example, end_on_signals, flat_file,
+    is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap, path_from, progress_bar,
+    relative_path, resolve, set_label, slice_size, split_file, stage_facts, stage_set, subjects_of, write_file,
+    write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -274,8 +275,8 @@ class Sorting:
         sorting = cls(base, facts, [pool[i] for i in shots], header, target)
         for file, before in sorting.manifests().items():
             if before.get("data_sha256") != sha256:
-                raise DataError(f"{file}: made by asking {before['asked']} other facts; remove it to ask "
-                                "these")  # fmt: skip
+                raise DataError(f"{file}: made by asking {before['asked']} other facts, or facts in slices of another "
+                                f"size; remove {data}/{base}.*-{base_model.sha256[:8]}.* to ask these")  # fmt: skip
         return sorting
 
     def manifests(self):
@@ -317,7 +318,7 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     run goes on.
     """
     work = Sorting.of(base_model, name, n, n_shots, data)
-    if work.done:
+    if all_gather(work.done)[0]:  # rank 0 says so: what it has just written others may find, or not yet
         return work.say() if rank == 0 else None
     base, target, facts = work.name, work.target, work.facts
     header = work.header | {"precision": precision}
@@ -540,7 +541,7 @@ class Grid:
 
     name: str
     cells: dict  # {a tuple of Stages: {the stages' seeds: Run}}
-    untrained: dict = dataclasses.field(default_factory=dict)  # eval.json of the base model itself, {name: row}
+    untrained: list = dataclasses.field(default_factory=list)  # rows of eval.json of the base model itself
 
 
 def read_runs(folder):
@@ -564,14 +565,17 @@ def folders_with(name, folder):
 
 
 def read_untrained(folder):
-    """{base_model_sha256: {name: row}} of base models themselves: of each eval.json below a folder that has no run.json
-    beside it."""
+    """{base_model_sha256: [row]} of base models themselves: of each eval.json below a folder that has no run.json
+    beside it and names one."""
     found = {}
-    for place in sorted(folders_with("eval.json", folder)):
-        if not (place / "run.json").exists() and not (place / "metrics.jsonl").exists():
-            for name, row in read_run(place).scores.items():
-                if sha256 := row.get("base_model_sha256"):
-                    found.setdefault(sha256, {})[name] = row
+    for place in folders_with("eval.json", folder):
+        if (place / "run.json").exists() or (place / "metrics.jsonl").exists():
+            continue
+        rows = read_rows(place / "eval.json")
+        rows = list(rows.values()) if isinstance(rows, dict) else []
+        if any(isinstance(row, dict) and "base_model_sha256" in row for row in rows):  # else some other program's
+            for row in read_run(place).scores.values():
+                found.setdefault(row.get("base_model_sha256"), []).append(row)
     return found
 
 
@@ -604,7 +608,7 @@ def grids_of(runs, untrained):
     for sha256, of_model in by_model.items():
         namesakes = list(names.values()).count(names[sha256]) > 1
         name = names[sha256] + (f"-{sha256[:8]}" if namesakes else "")
-        grids.append(Grid(name, cells_of(of_model), untrained.get(sha256, {})))
+        grids.append(Grid(name, cells_of(of_model), untrained.get(sha256, [])))
     return sorted(grids, key=lambda grid: grid.name)
 
 
@@ -936,6 +940,12 @@ def behind(table, a, row, b):
     return chain(a, row, b), a
 
 
+def is_familiar(name):
+    """Whether a set's label means what a base model knows of a published set; a user's own may end so too."""
+    base = name.removesuffix(".familiar")
+    return base != name and base in SETS and is_split(base)
+
+
 def is_factoid(name):
     """Of a set's label; a user's own set is one of facts."""
     base = name.removesuffix("-id")
@@ -991,7 +1001,7 @@ def layout_of(grid):
         elif stages[0].tag == "familiar":
             later.add(data[0])
             asked = {row["data"] for run in cell.values() for row in run.scores.values()}
-            familiar |= {name.removesuffix(".familiar") for name in asked if name.endswith(".familiar")}
+            familiar |= {name.removesuffix(".familiar") for name in asked if is_familiar(name)}
     first = {a for a, sets in followed.items() if of_paper or len(sets) > 1 or a in ablated}
     for a in first:
         later |= followed[a] - {"id"}
@@ -1060,7 +1070,11 @@ def render(name, grid, layout, shown):
             label = LABELS.get(a, a) if name == "table1" else row_label(row)
             lines.append(f"| {label} | {' | '.join(texts)} |")
         if name in FAMILIAR and (score := untrained_score(grid, a, found)):
-            texts = [f"{score['accuracy']:.1f}" if found.get(("none", b)) else "" for b in columns]
+            text = f"{score['accuracy']:.1f}"
+            if sizes.cells and score["total"] != sizes.usual[0]:
+                text += f" ({score['total']} facts)"
+            shown_columns = {b for (_, b), cell in found.items() if cell}
+            texts = [text if b in shown_columns else "" for b in columns]
             lines.append(f"| {UNTRAINED} | {' | '.join(texts)} |")
     asked_for = f"({grid.name}: exact match on D_A in %, mean ± standard deviation over seeds{sizes.caption})"
     heading = ["| | " + " | ".join(LABELS.get(b, b) for b in columns) + " |", "| --- |" + " ---: |" * len(columns)]
@@ -1076,15 +1090,17 @@ def untrained_score(grid, a, found):
     found: {(row, D_B): cell} of the table. A DataError where it was asked others than the runs.
     """
     name = f"{a}.familiar"
-    alike = [row for row in grid.untrained.values() if row["data"] == name]
+    of_base, asked = [row for row in grid.untrained if row["data"] == name], None
     for row, b in found:
         for run in grid.cells.get(behind("table5", a, row, b)[0], {}).values():
-            if alike and (score := run.score(name)):
-                same = [mine for mine in alike if mine["data_sha256"] == score[1]["data_sha256"]]
-                if not same or same[0]["precision"] != score[1]["precision"]:
-                    raise DataError(f"{run.folder}: was asked other facts of {name}, or in another precision, than the "
-                                    "base model itself; run evaluate.py on both alike")  # fmt: skip
-                return same[0]
+            if of_base and (score := run.score(name)):
+                asked = asked or run
+                for mine in of_base:
+                    if all(mine[key] == score[1][key] for key in ("data_sha256", "precision")):
+                        return mine
+    if asked:
+        raise DataError(f"{asked.folder}: was asked other facts of {name}, or in another precision, than the base "
+                        "model itself; run evaluate.py on both alike")  # fmt: skip
     return None
 
 
@@ -1335,7 +1351,7 @@ class Texts:
 
     name: str  # a data name
     n: int  # its first n
-    words: int  # of a passage; 0 of others
+    words: int  # of a passage, where they are passages
     sha256: str
     base_model: BaseModel = dataclasses.field(compare=False)  # None of passages
 
@@ -1359,24 +1375,27 @@ def by_name(texts):
 
 def learned_by(entry):
     """The Texts of a stage's own set."""
-    return Texts(stage_set(entry), entry["num_examples"], 0, entry["data_sha256"], BaseModel.of(entry))
+    return Texts(stage_set(entry), entry["num_examples"], DEFAULT_WORDS, entry["data_sha256"], BaseModel.of(entry))
 
 
 def overlap_pairs(runs):
     """[(facts, texts)] to be compared of some runs of one base model: every set of facts that was learned, or asked as
-    familiar, with every mix; and each D_A with what came after it."""
+    familiar, with every mix that was trained on; and each D_A with what came after it."""
     facts, mixes, chains = {}, {}, {}
     for run in runs:
         for entry in run.lineage:
             if is_factoid(set_label(entry["data"])):
                 facts.setdefault(entry["data_sha256"], learned_by(entry))
-            if entry["mix"] != "none":
+            if entry["mix"] != "none" and entry["mix_weight"]:
                 mix = Texts(entry["mix"], entry["num_mix"], entry["mix_words"], entry["mix_sha256"], None)
                 mixes.setdefault(mix.sha256, mix)
         for row in run.scores.values():
-            if row["data"].endswith(".familiar"):
-                asked = Texts(row["data"], row["total"], 0, row["data_sha256"], BaseModel.of(run.lineage[0]))
+            if is_familiar(row["data"]):
+                base_model = BaseModel.of(run.lineage[0])
+                asked = Texts(row["data"], row["total"], DEFAULT_WORDS, row["data_sha256"], base_model)
                 facts.setdefault(asked.sha256, asked)
+                for entry in run.lineage:
+                    chains[asked.sha256, entry["data_sha256"]] = (asked, learned_by(entry))
         first, *later = run.lineage
         for entry in later if is_factoid(set_label(first["data"])) else []:
             chains[first["data_sha256"], entry["data_sha256"]] = (learned_by(first), learned_by(entry))
@@ -1838,10 +1857,12 @@ def main():
                         help="count which of their facts stand in a text that the finished runs below this folder were "
                              "trained on (appendix B.6), for their tables")  # fmt: skip
     args = parser.parse_args()
-    if args.overlap:
-        return keep_overlap(args.overlap, args.data_dir)
-    if args.tables:
-        return print(tables(args.tables))
+    if args.overlap or args.tables:
+        if args.overlap:
+            keep_overlap(args.overlap, args.data_dir)
+        if args.tables:
+            print(tables(args.tables))
+        return None
     if not args.checkpoint:
         raise DataError("name a checkpoint folder, or give --tables RUNS")
     if args.num_examples is not None and args.num_examples < 1 or args.shots < 0:
@@ -1855,7 +1876,11 @@ def main():
     if args.split:
         if lineage:
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
+        if args.out or args.fewer or args.data:
+            raise DataError("--split sorts what there is, into --data-dir; leave out --out, --fewer and --data")
         return split_all(args)
+    if args.out:
+        check_out(args, lineage)
     sets = chosen_sets(args, lineage)
     if args.lost:
         run = read_run(args.checkpoint)
@@ -1877,13 +1902,35 @@ def main():
             print(f"{args.checkpoint}: no stage before its last learned facts, so none are forgotten")
 
 
+def check_out(args, lineage):
+    """A DataError where --out holds the answers of another model."""
+    out = Path(args.out)
+    if out.resolve() == Path(args.checkpoint).resolve() or not (out / "eval.json").exists():
+        taken = (out / "run.json").exists() and out.resolve() != Path(args.checkpoint).resolve()
+    elif lineage:  # a row does not say of which training it is
+        taken = True
+    else:
+        known = {row.get("base_model_sha256") for row in read_run(out).scores.values()}
+        taken = (out / "run.json").exists() or known - {base_of(args.checkpoint, []).sha256}
+    if taken:
+        raise DataError(f"--out {args.out}: holds the answers of another model, or of this one after other training; "
+                        "give another folder")  # fmt: skip
+
+
 def split_all(args):
     """--split: sort the sets' facts; the model is loaded only where some were not sorted before."""
-    base_model, to_do = base_of(args.checkpoint, []), False
+    base_model, works, names = base_of(args.checkpoint, []), {}, []
     for name in args.split:
-        to_do = to_do or not Sorting.of(base_model, name, args.num_examples, args.shots, args.data_dir).done
+        work = Sorting.of(base_model, name, args.num_examples, args.shots, args.data_dir)
+        if work.name not in works:  # popqa and popqa-id are parts of one set
+            works[work.name] = work
+            names.append(name)
+        elif works[work.name].header != work.header:
+            raise DataError(f"{name}: its facts would be kept where those of another set called {work.name} are; "
+                            "rename it")  # fmt: skip
+    to_do = not all(work.done for work in works.values())
     tokenizer, model, rank = open_checkpoint(args, []) if to_do else (None, None, int(os.environ.get("RANK", 0)))
-    for name in args.split:
+    for name in names:
         split(base_model, model, tokenizer, name, args.num_examples, args.shots, args.data_dir, rank, args.precision)
     if to_do:
         end_process_group()

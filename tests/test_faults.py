@@ -193,6 +193,17 @@ def test_ranks_agree(work, server, unbroken):
         assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-4)
 
 
+def test_split_of_two_ranks(work, server):
+    """Ranks agree on what is still to be sorted, also where one asks for a set that another has just written."""
+    shutil.copytree(ROOT / "tests/raw/popqa", work / "sorted/raw/popqa")
+    (work / "sorted/facts.jsonl").write_text("".join(json.dumps({"id": f"{i}", "prompt": f"{i}?", "response": "a"}) + "\n" for i in range(3)))
+    split = [work / "models/tiny", "--split", "popqa-id", "popqa", "facts.jsonl", "popqa", "--shots", 1, "--precision", "fp32"]
+    for _ in range(2):
+        processes = start(server, work / "sorted", *split, ranks=2, script="evaluate.py")
+        statuses, output = finish(processes, work / "sorted")
+        assert statuses == [0, 0] and output.count("of 3 facts") == output.count("of 2 facts") == 1, output
+
+
 def slow_run(work, out):
     """A run under torchrun that would last minutes, once it has made two steps: (torchrun, its ranks' process ids)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py", *TRAIN,

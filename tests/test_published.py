@@ -221,6 +221,17 @@ def test_slices(tmp_path):
     for name, expected in (("popqa.unfamiliar", [*pool[:30], *pool[60:70]]), ("popqa-id.unfamiliar", pool[30:60])):
         assert load_examples(name, None, tmp_path / "data", base_model=BASE)[0] == expected
         assert data.at_hand(name, 2000, tmp_path / "data", base_model=BASE) == len(expected)
+    build("popqa", tmp_path / "data", raw=tmp_path / "raw", size=20)
+    with pytest.raises(DataError, match=r"sorted when slices of popqa had 30 facts, not 20; remove .*/popqa\.\*-0123abcd\.\* and run"):
+        load_examples("popqa-id.unfamiliar", 20, tmp_path / "data", base_model=BASE)
+
+
+def test_a_set_without_a_second_slice(tmp_path):
+    """A set that was built shorter stays so when its second slice, which is empty, is asked for."""
+    (path,) = build("popqa", tmp_path / "data", n=3, raw=RAW)
+    with pytest.raises(DataError, match="holds 0 examples for popqa-id"):
+        load_examples("popqa-id", 1, tmp_path / "data", raw=RAW)
+    assert len(rows(path)) == 3 and data.at_hand("popqa-id", 5, tmp_path / "data", raw=RAW) == 0
 
 
 def test_what_is_at_hand(tmp_path, monkeypatch):
@@ -510,6 +521,32 @@ def test_fewer_where_no_more_can_be_fetched(tmp_path, server, monkeypatch):
     with pytest.raises(DataError, match="404"):
         load_examples("k-pile", 5, **there)
     assert len(load_examples("k-pile", 5, **there, fewer=True)[0]) == 3
+    done = cli(tmp_path, "k-pile", "--limit", "6", "--words", "9", env={"HF_ENDPOINT": server.url})
+    assert done.returncode == 0 and "k-pile.w9.jsonl: 3 examples" in done.stdout and "404" in done.stderr
+    changed = b"".join(json.dumps({"content": "other " * 20}).encode() + b"\n" for _ in range(9))
+    server.answer = lambda handler, count: send(handler, changed)
+    beginning = rows(*(tmp_path / "raw/k-pile").glob("*.jsonl"))
+    with pytest.raises(DataError, match=r"first-3\.jsonl: the published file no longer begins so; keep to what is here with --fewer, or remove it"):
+        load_examples("k-pile", 5, **there)
+    assert rows(*(tmp_path / "raw/k-pile").glob("*.jsonl")) == beginning
+
+
+def test_a_users_files_are_not_beginnings(tmp_path, server):
+    """What only looks like a beginning that was downloaded is the user's: it is read as it is, kept, and not asked for elsewhere;
+    files that join later count."""
+    text = "".join(json.dumps({"content": f"{i} " + "word " * 120}) + "\n" for i in range(3))
+    server.answer = lambda handler, count: send(handler, text.encode())
+    (tmp_path / "raw/k-pile").mkdir(parents=True)
+    for place in ("raw/k-pile/my.first-3.jsonl", "my.first-3.jsonl"):
+        (tmp_path / place).write_text(text)
+    there = {"data": tmp_path / "data", "raw": tmp_path / "raw"}
+    for name in ("k-pile", "my.first-3.jsonl"):
+        done = cli(tmp_path, name, "--limit", "20", env={"HF_ENDPOINT": server.url})
+        assert done.returncode == 0 and "3 examples" in done.stdout, done.stderr
+    assert len(load_examples("k-pile", 5, **there, fewer=True)[0]) == data.at_hand("k-pile", 5, **there) == 3
+    (tmp_path / "raw/k-pile/more.jsonl").write_text(text)
+    assert data.at_hand("k-pile", 5, **there) == len(load_examples("k-pile", 5, **there, fewer=True)[0]) == 5
+    assert (tmp_path / "raw/k-pile/my.first-3.jsonl").read_text() == text and not server.seen
 
 
 # ---------------------------------------------------------------- overlap
@@ -528,6 +565,18 @@ def test_overlap(tmp_path):
     (tmp_path / "mix.jsonl").write_text(json.dumps({"id": "d", "prompt": "nothing", "response": "at all"}) + "\n")
     done = cli(tmp_path, "--overlap", "popqa", "mix.jsonl")
     assert "0 of 4 facts (0.00%)" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("question, given, other", [
+    ("Where was Ágnes Kiss born?", "Ágnes Kiss of", "Gnes Kiss of"), ("who sells the iPhone 4?", "an iPhone 4 by", "a Phone 4 by"),
+    ("What does mRNA carry?", "in mRNA is", "in RNA is"), ("The value of key gzqx2kfp is?", "key gzqx2kfp is", "key 2kfp is"),
+    ("The value of key gzqxkffp is?", "value of gzqxkffp, a key,", "value of a key is"), ("who married julia roberts?", "julia roberts married", "julia married"),
+    ("Who wrote War and Peace?", "of War and Peace is", "of war and of peace is")])  # fmt: skip
+def test_guessed_subjects(question, given, other):
+    """Where a set names no subjects, names are found whole, in any letters; without names each of the question's words must be there."""
+    fact, document = {"id": "f", "prompt": f"Question: {question}\nThe answer is:", "response": "Lund"}, {"id": "d", "prompt": ""}
+    assert data.overlap([fact], {}, [document | {"response": f"{given} Lund."}])
+    assert not data.overlap([fact], {}, [document | {"response": f"{other} Lund."}])
 
 
 # ---------------------------------------------------------------- familiar and unfamiliar

@@ -217,6 +217,34 @@ def test_more_facts_than_were_learned(tmp_path):
     assert [fact["response"] for fact in asked.facts] == ["unknown0", "unknown1", "unknown2"] and asked.of == 4
 
 
+def test_answers_of_another_model(work, runs):
+    """--out does not take the place of another model's answers, nor of those after other training."""
+    tiny_llama(work / "models/second", seed=5)
+    before = {file: file.read_bytes() for file in runs.rglob("eval.json")}
+    asked = ["--data", "a/facts.jsonl", "--precision", "fp32"]
+    run(work, "evaluate.py", "models/tiny", *asked, "--out", "answers")
+    run(work, "evaluate.py", "models/tiny", "--data", "b/facts.jsonl", "--precision", "fp32", "--out", "answers")
+    for model, out in (("models/tiny", "runs/one"), ("models/second", "answers"), ("runs/one", "answers"), ("runs/one/plain", "runs/one")):
+        done = run(work, "evaluate.py", model, *asked, "--out", out, ok=False)
+        assert done.returncode == 2 and f"--out {out}: holds the answers of another model" in done.stderr
+    assert {file: file.read_bytes() for file in runs.rglob("eval.json")} == before and len(read(work / "answers/eval.json")) == 2
+
+
+def test_overlap_of_what_was_trained_on(work):
+    """Passages of weight 0 were not; a stage may have learned passages; a user's own file may be called familiar."""
+    facts(work / "own/my.familiar.jsonl", 3, "red")
+    run(work, *ONE, "--data", "bios", "--num-examples", 4, "--epochs", 1, "--mix", "random", "--mix-words", 3, "--mix-weight", 0, "--out", "own/runs")
+    for name, mix in (("pydoc", []), ("random", ["--mix", "random", "--mix-words", 4])):
+        run(work, *TWO, "--epochs", 1, "--data", name, "--num-examples", 4, *mix, "--model", "own/runs", "--out", f"own/runs/{name}")
+    run(work, "evaluate.py", "own/runs")
+    run(work, "evaluate.py", "own/runs", "--data", "own/my.familiar.jsonl")
+    done = run(work, "evaluate.py", "--overlap", "own/runs", "--tables", "own/runs")
+    counted = [json.loads(line) for line in open(work / "own/runs/overlap.jsonl")]
+    assert {(row["facts"], row["texts"]) for row in counted} == {
+        ("bios (4)", "random of 4 words (8)"), ("bios (4)", "random of 50 words (4)"), ("bios (4)", "pydoc of 50 words (4)")}  # fmt: skip
+    assert "random of 4 words (8)" in done.stdout and "random of 3 words" not in done.stdout
+
+
 def test_odd_facts(work):
     """Facts of one id, and letters that are none, are asked and kept as they come."""
     rows = [{"id": "same", "prompt": f"{i}? \ud800|", "response": "x"} for i in range(3)]
