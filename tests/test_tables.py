@@ -262,7 +262,8 @@ def test_how_many_facts_a_cell_has(tmp_path, monkeypatch):
 
 
 def test_the_base_model_itself(tmp_path, monkeypatch):
-    """Tables 5 and 6 have what the base model itself says to the same question; asked others, it is refused."""
+    """Tables 5 and 6 have what the base model itself says to the same question, whatever else was asked and lies there; asked
+    others alone, it is refused."""
     monkeypatch.setattr(evaluate, "figures", lambda *_: [])
     put(tmp_path / "one", [entry("lama", 4, 0, tag="familiar", batch_size=128)], [1, 0, 0, 0], "popqa.familiar")
     scores = json.loads((tmp_path / "one/eval.json").read_text())
@@ -272,6 +273,13 @@ def test_the_base_model_itself(tmp_path, monkeypatch):
     keep()
     text = tables(tmp_path).partition("**Table 5.")[2]
     assert re.search(r"\| No Mixing \| 25\.0 [^|]*\|", text) and "| The base model itself, asked alike *(not in the paper)* | 75.0 |" in text
+    for name, content in (("a", {"popqa.familiar": scores["popqa.familiar"] | mine | {"precision": "bf16"}}), ("other", {"results": {"acc": 1}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval.json").write_text(json.dumps(content))
+    put(tmp_path / "mixed", [entry("gsm8k", 4, 0, mix="k-pile", tag="familiar", batch_size=128)], [1, 0, 0, 0], "popqa.familiar")
+    row = tables(tmp_path).partition("The base model itself")[2].partition("\n")[0].split(" | ")
+    assert row.count("75.0") == 2
+    shutil.rmtree(tmp_path / "a")
     keep(base_model_sha256="another")
     assert "The base model itself" not in tables(tmp_path)
     keep(data_sha256="others")
