@@ -1524,6 +1524,12 @@ def flat_file(name, data="data", words=DEFAULT_WORDS, base_model=None):
     return Path(data) / (f"{name}.jsonl" if SETS[base].kind != "mixing" or words == DEFAULT_WORDS else f"{name}.w{words}.jsonl")
 
 
+def was_sorted(name, base_model, data="data"):
+    """Whether a base model was asked a set: one of its two files is there, and not the other where it knew all or nothing."""
+    base, _, _ = resolve(name)
+    return any(split_file(base, kind, base_model, data).exists() for kind in ("familiar", "unfamiliar"))
+
+
 def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None, fewer=False):
     """(the first n examples of a set or all of them, sha256 of their lines); fewer: as many as there are, where that is less.
 
@@ -1548,7 +1554,7 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", bas
     if len(lines) < (1 if fewer else n or 1):
         whose = "" if name == str(path) else f" for {name}"
         less = "ask for fewer (for a mix, a lower ratio or shorter passages; train.py and run_all.sh take what there is with --fewer)"
-        raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {less}")
+        raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {'leave it out' if fewer else less}")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
     return examples, hashlib.sha256(b"".join(lines)).hexdigest()
 
@@ -1603,11 +1609,17 @@ def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=Non
         return len(_read_lines(Path(name), n)) if Path(name).exists() else None
     base, second, familiarity = resolve(name)
     row, path = SETS[base], flat_file(base, data, words)
-    if familiarity and base_model:
+    if familiarity and base_model and was_sorted(name, base_model, data):
         split = split_file(base, familiarity, base_model, data)
-        if split.exists():
-            lines = _read_lines(split, None)
-            return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
+        if not split.exists():
+            return 0
+        check_split(split, base, base_model)
+        asked = _read_json(split.with_suffix(".json"), "remove it and its .jsonl").get("data_sha256")
+        if asked and path.exists() and asked != load_pool(base, data, raw)[1]:
+            raise DataError(f"{split}: made by asking other facts than {path} now holds; remove "
+                            f"{split.parent}/{base}.*-{base_model.sha256[:8]}.* to ask these")  # fmt: skip
+        lines = _read_lines(split, None)
+        return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
     if row.build and not row.ends:
         return n
     if too_short(path, base, n, data, raw, fewer=True):
@@ -1640,6 +1652,8 @@ def check_split(path, stem, base_model):
     """A DataError unless a file of familiar or unfamiliar facts was made by asking this base model."""
     remedy = f"run python evaluate.py {base_model.path} --split {stem}"
     manifest = path.with_suffix(".json")
+    if not path.exists() and was_sorted(stem, base_model, path.parent):
+        raise DataError(f"{path}: no such file, as {base_model.name} has no such facts; leave out {stem}")
     if not path.exists():
         raise DataError(f"{path}: no such file; {remedy}, which makes it where {base_model.name} has such facts")
     if not manifest.exists() or _read_json(manifest, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:

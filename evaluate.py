@@ -36,8 +36,8 @@ import torch.distributed as dist
 from data import (
     DEFAULT_WORDS, OVERLAP_LIMIT, SETS, SLICE, BaseModel, DataError, Parser, encode_example, end_on_signals, flat_file,
     is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap, path_from, progress_bar,
-    relative_path, resolve, set_label, slice_size, split_file, stage_facts, stage_set, subjects_of, write_file,
-    write_flat,
+    relative_path, resolve, set_label, slice_size, split_file, stage_facts, stage_set, subjects_of, was_sorted,
+    write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -181,6 +181,9 @@ def named_sets(names, n, path, lineage, data, fewer=False, out=None):
         taken[name] = entry["data_sha256"]
         of_stages.setdefault(entry["data_sha256"], name)
     for asked in names:
+        if fewer and is_familiar(asked) and knows_none(asked, kept["base_model"], data):
+            print(f"{asked}: {kept['base_model'].name} knows no such fact; left out", file=sys.stderr)
+            continue
         learned = next((entry for entry in lineage if same_set(asked, entry["data"])), None)
         source = stage_set(learned) if learned else asked
         if learned and (n is None or n <= learned["num_examples"]):
@@ -199,7 +202,15 @@ def named_sets(names, n, path, lineage, data, fewer=False, out=None):
             name += f".{sha256[:8]}"
         taken[name] = sha256
         sets[name] = FactSet(name, facts, set_label(asked), max(whole, len(facts)), sha256)
+    if not sets:
+        raise DataError(f"{path}: {', '.join(names)}: no facts to ask")
     return list(sets.values())
+
+
+def knows_none(name, base_model, data):
+    """Whether a base model was asked a set, and knew nothing of it: name is that of its familiar facts."""
+    stem = name.removesuffix(".familiar")
+    return was_sorted(stem, base_model, data) and not split_file(stem, "familiar", base_model, data).exists()
 
 
 def asked_before(path):
@@ -286,7 +297,8 @@ class Sorting:
             beside = file.with_suffix(".json")
             if file.exists() and beside.exists():
                 manifest = read_rows(beside)
-                if len(read_rows(file)) == manifest["kept"]:  # a kill may come between the two
+                whole = isinstance(manifest, dict) and {"kept", "asked"} <= manifest.keys()
+                if whole and len(read_rows(file)) == manifest["kept"]:  # a kill may come between the two
                     found[file] = manifest
         return found
 
@@ -1882,6 +1894,8 @@ def main():
     if args.out:
         check_out(args, lineage)
     sets = chosen_sets(args, lineage)
+    if args.out and not lineage:
+        sets = still_to_ask(args, sets)
     if args.lost:
         run = read_run(args.checkpoint)
         answers = {wanted.name: predictions(args.checkpoint, wanted.name) or [] for wanted in sets}
@@ -1914,7 +1928,20 @@ def check_out(args, lineage):
         taken = (out / "run.json").exists() or known - {base_of(args.checkpoint, []).sha256}
     if taken:
         raise DataError(f"--out {args.out}: holds the answers of another model, or of this one after other training; "
-                        "give another folder")  # fmt: skip
+                        "remove it, or give another folder")  # fmt: skip
+
+
+def still_to_ask(args, sets):
+    """Those FactSets whose answers by a base model are not in --out yet; says which are."""
+    kept, left = read_run(args.out).scores, []
+    for wanted in sets:
+        row = kept.get(wanted.name, {})
+        alike = (row.get("data_sha256"), row.get("precision")) == (wanted.data_sha256, args.precision)
+        if alike and (Path(args.out) / f"predictions.{wanted.name}.jsonl").exists():
+            print(f"{wanted.name}: was asked before, {row['accuracy']:.1f}%")
+        else:
+            left.append(wanted)
+    return left
 
 
 def split_all(args):

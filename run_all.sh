@@ -288,8 +288,12 @@ grid() {
 # ---------------------------------------------------------------- the runner
 
 # Is a run evaluated, and probed if a figure that is asked for shows that?
-finished() { [ -e "$1/eval.json" ] && { [[ ,figure4,figure11,figure12, != *,${only:-figure4},* ]] || probed "$1"; }; }
-probed() { [[ ${tables_of[$1]} != *figure4* || ! -e $code/probe.py ]] || compgen -G "$1/probe.*.json" > /dev/null; }
+finished() {
+  if [[ ${args_of[$1]} = --ask* ]]; then [ -n "${asked[$1]-}" ]; return; fi  # evaluate.py knows what it asked a base model
+  [ -e "$1/eval.json" ] && { [[ ,figure4,figure11,figure12, != *,${only:-figure4},* ]] || probed "$1"; }
+}
+probed() { [[ ${tables_of[$1]} != *figure4* || ! -e $code/probe.py ]] || any "$1" 'probe.*.json'; }
+any() { local files=("$1"/$2); [ -e "${files[0]}" ]; }  # any FOLDER PATTERN: is there such a file, whatever the folder's name?
 # The weights of a last stage go: no other run starts from them, and no probe asks them any more.
 clean() { [ -n "${parent[$1]-}" ] || [ -n "$keep" ] || ! probed "$1" || rm -f "$1"/model*.safetensors* "$1/manifest.json"; }
 
@@ -322,7 +326,8 @@ sort_facts() {
   [[ " $published " = *" $2 "* && -z ${sorted[$model/$2]-} ]] || return 0
   [ -z "${failed[$at]-}" ] || return 1
   # The lock lies where the facts do: grids of other runs folders share them.
-  hold "$data/split-$2-$(basename "$model").lock" "$3" || status=$?
+  if [ -w "$data" ] || [ ! -e "$data" ]; then hold "$data/split-$2-$(basename "$model").lock" "$3" || status=$?
+  else exec {lock}< "$data"; fi  # where nothing can be written, all must be sorted already
   [ $status = 0 ] || [ $status = 75 ] || failed[$at]="status $status: its lock in $data cannot be had; see that this may be written"
   [ $status = 0 ] || return $status
   mkdir -p "$(dirname "$at")"
@@ -338,9 +343,10 @@ sort_facts() {
 # ours said last, or whoever spoke last.
 measure_log() { log_size=$(($([ -e "$log" ] && wc -c < "$log" || echo 0) + 1)); }
 said_last() {
-  local said
+  local said name
   said=$(tail -c +$log_size "$log" | grep -E '^(train|evaluate|probe|data|model)\.py: ' || tail -c +$log_size "$log" | grep -v '^[ =-]*$')
-  if [ "$1" -gt 128 ]; then echo "status $1, ended by SIG$(kill -l $(($1 - 128)))"; else echo "status $1: ${said##*$'\n'}"; fi
+  if [ "$1" -gt 128 ] && name=$(kill -l $(($1 - 128)) 2> /dev/null); then echo "status $1, ended by SIG$name"
+  else echo "status $1: ${said##*$'\n'}"; fi
 }
 
 # finish FOLDER WAIT: train, evaluate and probe a run after those it needs. 75: another process is at it, and WAIT was 0.
@@ -392,18 +398,21 @@ facts_of() {
 
 # carry_out FOLDER: all that a run takes, once those it needs are there.
 carry_out() {
-  local folder=$1 args value asked=
+  local folder=$1 args value named=
   IFS=$'\x1f' read -ra args <<< "${args_of[$folder]}"
   argument "$folder" --tag
-  [ "$value" != familiar ] || asked="--data $familiar_a --num-examples $examples $fewer"
+  [ "$value" != familiar ] || named="--data $familiar_a --num-examples $examples $fewer"
   if [[ ${args[0]} = --ask ]]; then  # the base model itself, as tables 5 and 6 ask what was trained
     argument "$folder" --model
-    attend "${launch[@]}" "$code/evaluate.py" "$value" $asked $precision "${data_dir[@]}" --out "$folder"
+    attend "${launch[@]}" "$code/evaluate.py" "$value" $named $precision "${data_dir[@]}" --out "$folder" || return
+    asked[$folder]=yes
     return
   fi
   [ -e "$folder/run.json" ] || attend "${launch[@]}" "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
   rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
-  [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $asked "${data_dir[@]}" || return
+  measure_log
+  [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $named "${data_dir[@]}" || return
+  measure_log
   finished "$folder" || attend "${launch[@]}" "$code/probe.py" "$folder" --no-base "${data_dir[@]}" || return
   echo "$folder" >> "$runs/finished.log" || return
   clean "$folder"
@@ -411,14 +420,14 @@ carry_out() {
 
 run_grid() {
   local tables folder needed args n=0 status lock busy=yes todo=()
-  declare -gA args_of=() needs_of=() tables_of=() parent=() sorted=() failed=()
+  declare -gA args_of=() needs_of=() tables_of=() parent=() sorted=() failed=() asked=()
   mkdir -p "$runs"
   whole > "$tmp/plan"
   while IFS=$'\t' read -r tables folder needed args; do
     args_of[$folder]=$args needs_of[$folder]=$needed tables_of[$folder]=$tables
     [ "$needed" = - ] || parent[$needed]=1
     [[ ",$tables," = *",${only:-$tables},"* || -z $only ]] || continue
-    ((n++ % ${shard#*/} != ${shard%/*})) || todo+=("$folder")
+    ((n++ % 10#${shard#*/} != 10#${shard%/*})) || todo+=("$folder")
   done < "$tmp/plan"
   [ ${#todo[@]} -gt 0 ] || { echo "run_all.sh: no run for --only $only --shard $shard; see --dry-run" >&2; exit 2; }
   if [ -n "$demo" ]; then
@@ -450,6 +459,12 @@ run_grid() {
   fi
   hold "$runs/lock" 1
   rm -f "$runs"/*.tmp
+  if ! something_to_show; then
+    echo "run_all.sh: no tables yet: what is finished is first stages alone"
+    say_failed
+    [ ${#failed[@]} = 0 ] || exit 1
+    return
+  fi
   local log=$runs/overlap.log
   measure_log
   attend "$python" "$code/evaluate.py" --overlap "$runs" "${data_dir[@]}" || failed[$runs/overlap.jsonl]=$(said_last $?)
@@ -459,13 +474,22 @@ run_grid() {
   [ $status = 0 ] && [ ${#failed[@]} = 0 ] || exit 1
 }
 
+# Is a run finished that a table shows: a later stage's, or one of familiar facts?
+something_to_show() {
+  local folder
+  for folder in "${!args_of[@]}"; do
+    [[ ${needs_of[$folder]} = - && ${args_of[$folder]} != *familiar* || ! -e $folder/eval.json ]] || [[ ${args_of[$folder]} = --ask* ]] || return 0
+  done
+  return 1
+}
+
 # Each base model is asked the familiar facts too: its runs of tables 5 and 6 can forget no more than it knows so.
 add_base_models() {
   local folder model value
   for folder in "${todo[@]}"; do
     find_base "$folder"
     model=$value
-    if [ ! -e "$model/config.json" ] || ! compgen -G "$model/*.safetensors" > /dev/null; then
+    if [ ! -e "$model/config.json" ] || ! any "$model" '*.safetensors'; then
       echo "run_all.sh: $model: no model with config.json and safetensors; put its Hugging Face folder there, or give" \
         "--model FOLDER, or --only a table of the other" >&2
       exit 2
@@ -502,7 +526,21 @@ launch=("$python")
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
 published="popqa triviaqa lama entityqa webqa"  # of whose facts a base model knows some
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
+# The other two grids.
+small_grid() {
+  grid=small llama=$smollm2 mistral=$smollm2 examples=16 shape="--batch-size 8 --mix-words 4" sets_a="kvr bios"
+  pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8 --eval-every 8"
+  familiar_b= sources= lengths="8 16" ratios="1 4" third_b=bios third_c=bios-id
+}
+tiny_grid() {
+  grid=tiny llama=models/tiny-llama mistral=models/tiny-mistral slice=10 data=data/tiny examples=10 precision="--precision fp32"
+  shape="--batch-size 10 --lr 3e-2 --epochs 6 --mix-words 4 --eval-every 2" published="popqa triviaqa lama entityqa" default_seeds=0
+  sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa
+}
 usage() { sed -n '2,27s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
+for word; do
+  case "$word" in --small) small_grid ;; --tiny) tiny_grid ;; esac
+done
 while [ $# -gt 0 ]; do
   case "$1" in
     --demo) demo=short grid=demo grid_of=demo_grid llama=$smollm2 default_seeds=0 keep=yes shard=0/1 ;;
@@ -515,15 +553,7 @@ while [ $# -gt 0 ]; do
     --facts) [ $# -gt 1 ] || usage; sets_a=$2 of_grid=yes; shift ;;
     --num-examples) [ $# -gt 1 ] || usage; examples=$2 of_grid=yes; shift ;;
     --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2 of_grid=yes; shift ;;
-    --small)
-      of_grid=yes grid=small llama=$smollm2 mistral=$smollm2 examples=16 shape="--batch-size 8 --mix-words 4" sets_a="kvr bios"
-      pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8 --eval-every 8"
-      present() { for b; do [ ! -e ${data:-data}/$b.jsonl ] || printf '%s ' $b; done; }
-      generic=$([ -e ${data:-data}/k-pile.jsonl ] && echo k-pile || echo pydoc) familiar_b= sources= lengths="8 16" ratios="1 4"
-      factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat) third_b=bios third_c=bios-id ;;
-    --tiny)
-      of_grid=yes grid=tiny llama=models/tiny-llama mistral=models/tiny-mistral slice=10 data=${data:-data/tiny} published="popqa triviaqa lama entityqa" examples=10 shape="--batch-size 10 --lr 3e-2 --epochs 6 --mix-words 4 --eval-every 2" precision="--precision fp32"
-      default_seeds=0 sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa ;;
+    --small | --tiny) of_grid=yes ;;  # set already: what else is given counts, before it or behind
     full)
       [ -n "$demo" ] || usage
       demo=full grid=demo-full n_facts=48 epochs=16 people="--num-examples 32 --batch-size 16 --lr 1e-4 --epochs 16 --eval-every 8" ;;
@@ -537,8 +567,14 @@ done
 [ -z "$demo" ] || [ -z "$of_grid" ] || usage
 data_dir=()
 [ -z "$data" ] || data_dir=(--data-dir "$data")
+if [ $grid = small ]; then  # the sets that are here
+  data=${data:-data}
+  present() { local b; for b; do [ ! -e "$data/$b.jsonl" ] || printf '%s ' $b; done; }
+  generic=$(present k-pile) factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat)
+  generic=${generic:-pydoc} generic=${generic% }
+fi
 data=${data:-data} seeds=${seeds:-$default_seeds} runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
-[[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] && [ ${shard%/*} -lt ${shard#*/} ] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
+[[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] && [ $((10#${shard%/*})) -lt $((10#${shard#*/})) ] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
 [ -z "$own" ] || own_facts "$own"
 cut_slices
 if [ -n "$dry" ]; then

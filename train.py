@@ -67,7 +67,7 @@ from torch.optim.adamw import adamw
 from data import (
     DEFAULT_WORDS, SETS, SOURCES, STOPPING, BaseModel, DataError, Parser, at_hand, batches, chat_template,
     copy_tokenizer, encode, end_by, end_on_signals, familiarity, flat_file, is_split, load_examples, load_tokenizer,
-    micro_batches, progress_bar, set_label, split_file, stage_facts, write_file,
+    micro_batches, progress_bar, set_label, stage_facts, was_sorted, write_file,
 )
 from evaluate import (
     base_of, check_vocabulary, common_prefix_len, exact_matches, read_lineage, read_rows, record,
@@ -1182,8 +1182,8 @@ class Planned:
     def done(self):
         return (self.folder / "eval.json").exists()
 
-    def check(self):
-        """A DataError where the folder holds a finished run that is not the planned one."""
+    def check(self, runs):
+        """A DataError where the folder holds a finished run that is not the planned one; runs: all of the plan."""
         if not (self.folder / "run.json").exists():
             return
         *before, entry = read_lineage(self.folder)
@@ -1196,8 +1196,12 @@ class Planned:
         fixed = [key for key, value in planned.items() if key in entry and value not in (None, "auto", "equal")]
         fixed = [key for key in fixed if key != "epochs" or isinstance(planned[key], int)]
         then = without_paths(entry)
-        if self.args.fewer and then["num_examples"] < planned["num_examples"]:
-            fixed.remove("num_examples")
+        if "num_mix" in then and then["mix"] != "none":
+            planned["num_mix"] = round(then["mix_ratio"] * then["num_examples"])
+            fixed.append("num_mix")
+        for key, need in zip(("num_examples", "num_mix"), needs_of(self, runs, []) if self.args.fewer else []):
+            if key in fixed and then[key] < planned[key] and not need.has_more(than=then[key]):
+                fixed.remove(key)
         changed = [f"{key} is {then[key]!r}, not {planned[key]!r}" for key in fixed if then[key] != planned[key]]
         if changed:
             raise DataError(f"{self.folder}: holds a finished run whose {'; '.join(changed)}; remove it, or give "
@@ -1226,9 +1230,13 @@ def read_plan(lines):
     runs = {}
     for line in lines:
         names, folder, needs, options = line.rstrip("\n").split("\t")
-        words = [word for word in options.split("\x1f") if word]
-        runs[folder] = Planned(names.split(","), Path(folder), needs, parse_args(words))
-        runs[folder].check()
+        args = parse_args([word for word in options.split("\x1f") if word])
+        if isinstance(args.epochs, str):
+            args.epochs = f"@{Path(args.epochs[1:])}"  # a folder has one name, however it was written
+        run = Planned(names.split(","), Path(folder), str(Path(needs)), args)
+        runs[str(run.folder)] = run
+    for run in runs.values():
+        run.check(runs)
     return runs
 
 
@@ -1377,6 +1385,13 @@ class Need:
         """How many there are; None where nothing here tells. A DataError where its files are unusable."""
         return at_hand(self.name, self.n, self.data, self.words, base_model=self.base_model)
 
+    def has_more(self, than):
+        """Whether more than so many are known to be here."""
+        try:
+            return (self.found() or 0) > than
+        except DataError:
+            return False
+
     @property
     def said(self):
         """The set in words."""
@@ -1386,10 +1401,7 @@ class Need:
 
     def is_sorted(self):
         """Whether it is known which facts the base model knows; before, there are at most as many as found() says."""
-        base, _, kind = self.name.removesuffix(".jsonl").partition(".")
-        if not (model := self.base_model):
-            return False
-        return split_file(base.removesuffix("-id"), kind, model, self.data).exists()
+        return bool(self.base_model) and was_sorted(self.name, self.base_model, self.data)
 
 
 def needs_of(run, runs, asked):
@@ -1406,7 +1418,7 @@ def needs_of(run, runs, asked):
 
 def say_shortfalls(runs, to_do, args):
     """Print which sets are known to lack what runs to do take of them, and which are not here to tell."""
-    wanted, broken, short, unknown, unsorted = {}, [], [], set(), set()
+    wanted, broken, short, nothing, unknown, unsorted = {}, [], [], [], set(), set()
     for run in to_do:
         for need in needs_of(run, runs, args.asked):
             wanted.setdefault(need, []).append(run)
@@ -1425,15 +1437,20 @@ def say_shortfalls(runs, to_do, args):
             unknown.add(need.name.partition(".")[0])
         elif found < need.n:
             most = "at most " if need.model and not need.is_sorted() else ""
-            short.append(f"{need.said}: {most}{found} of {need.n}, {need.n - found} too few: {cells}")
+            fewer = of_runs[0].args.fewer and (found or need.name.endswith(".familiar"))
+            said = f"{need.said}: {most}{found} of {need.n}, {need.n - found} too few: {cells}"
+            (short if fewer else nothing).append(said)
         elif need.model and not need.is_sorted():
             unsorted.add(need.name.partition(".")[0])
     if broken:
         print("cannot be read, so that these runs will fail:")
         print("\n".join(f"  {line}" for line in sorted(broken)))
+    if nothing:
+        remedy = "" if any(run.args.fewer for run in to_do) else " (--fewer takes what there is)"
+        print(f"falls short, so that these runs will fail{remedy}:")
+        print("\n".join(f"  {line}" for line in sorted(nothing)))
     if short:
-        fewer = any(run.args.fewer for run in to_do)
-        print("falls short:" if fewer else "falls short, so that these runs will fail (--fewer takes what there is):")
+        print("falls short:")
         print("\n".join(f"  {line}" for line in sorted(short)))
     if unknown:
         print(f"not here yet, so not known to suffice: {', '.join(sorted(unknown))} (python data.py --list)")
@@ -1505,9 +1522,14 @@ MEMORY_SPEED = 15e9  # bytes a second, a laptop's
 
 
 def timed_steps(folder):
-    """The steps in a run's log."""
+    """The steps in a run's log; none where it is damaged, which is for the run itself to say."""
     log = folder / "metrics.jsonl"
-    return [row for row in read_rows(log) if "tokens" in row] if log.exists() else []
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    try:  # what follows the last line break was cut by a kill
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    except ValueError:
+        return []
+    return [row for row in rows if "tokens" in row]
 
 
 def tokens_and_steps(run, runs):

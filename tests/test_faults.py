@@ -52,6 +52,7 @@ def command(folder, output, environ, script, args):
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv = [script, *args]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background inherit that it is ignored
     torch.set_num_threads(1)
     if "FILE_LIMIT" in environ:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(environ["FILE_LIMIT"]),) * 2)
