@@ -203,7 +203,7 @@ def named_sets(names, n, path, lineage, data, fewer=False, out=None):
         taken[name] = sha256
         sets[name] = FactSet(name, facts, set_label(asked), max(whole, len(facts)), sha256)
     if not sets:
-        raise DataError(f"{path}: {', '.join(names)}: no facts to ask")
+        raise DataError(f"{path}: no facts to ask, as {kept['base_model'].name} knows none of {', '.join(names)}")
     return list(sets.values())
 
 

@@ -211,6 +211,73 @@ def test_what_falls_short(shared, python, tmp_path):
     assert "(D_B 20)" in text or "20 examples of D_B" in text
     lineage = json.loads((folder / "runs/fewer/my llama/gsm8k+random+familiar-s0/run.json").read_text())
     assert [(entry["num_examples"], entry["num_mix"]) for entry in lineage] == [(20, 40)]
+    with open(folder / "data/tiny/gsm8k.jsonl", "a") as file:
+        file.writelines(json.dumps({"id": f"more-{i}", "prompt": f"{i}?", "response": "a"}) + "\n" for i in range(9))
+    assert start(folder, python, "--fewer", *few, log="more").wait(60) == 2
+    assert "gsm8k+familiar-s0: holds a finished run whose num_examples is 20, not 35" in (folder / "more").read_text(), "there are more by now"
+
+
+def test_a_model_that_knows_nothing(shared, python, tmp_path):
+    """What a base model knows nothing of is foreseen and named; with --fewer the other set is asked all the same."""
+    folder = tmp_path / "knows"
+    shutil.copytree(shared, folder, ignore=shutil.ignore_patterns("runs"))
+    (known,) = (folder / "data/tiny").glob("popqa.familiar.tiny-llama-*.jsonl")
+    (others,) = (folder / "data/tiny").glob("popqa.unfamiliar.tiny-llama-*.jsonl")
+    notes = [json.loads(file.with_suffix(".json").read_text()) for file in (others, known)]
+    lines = others.read_text() + known.read_text()
+    others.write_text(lines)
+    others.with_suffix(".json").write_text(json.dumps(notes[0] | {"kept": lines.count("\n")}))
+    known.unlink()
+    known.with_suffix(".json").unlink()
+    options = ["--only", "table5", "--shard", "0/5"]
+    for more, title in ([], "so that these runs will fail (--fewer takes what there is):"), (["--fewer"], "falls short:"):
+        assert start(folder, python, "--dry-run", *options, *more, log="plan").wait(60) == 0
+        said = (folder / "plan").read_text()
+        assert "popqa.familiar to tiny-llama: 0 of 10, 10 too few" in said.partition(title)[2], said
+        (folder / "plan").unlink()
+    assert start(folder, python, *options, log="refused").wait(300) == 1
+    assert "no such file, as tiny-llama has no such facts; leave out popqa" in (folder / "refused").read_text()
+    assert start(folder, python, "--fewer", *options, log="taken").wait(300) == 0, (folder / "taken").read_text()[-2000:]
+    asked = json.loads((folder / RUNS / "tiny-llama/base/eval.json").read_text())
+    assert {row["data"] for row in asked.values()} == {"triviaqa.familiar"}
+
+
+def test_the_base_model_is_asked_anew(shared, python, tmp_path):
+    """What a base model was asked before is known by the facts; another model's answers are not taken for its own."""
+    folder = tmp_path / "anew"
+    shutil.copytree(shared, folder, ignore=shutil.ignore_patterns("runs"))
+    options = ["--only", "table5", "--facts", "kvr", "--shard", "0/9"]
+    for n in ("10", "8"):
+        assert start(folder, python, *options, "--num-examples", n, "--runs", "runs/anew", log=n).wait(300) == 0, (folder / n).read_text()
+        table = (folder / "runs/anew/TABLES.md").read_text()
+        assert table.count("| The base model itself, asked alike *(not in the paper)* | 100.0 |") == 4 and f"; {n} facts of D_A" in table
+        for run in (folder / "runs/anew/tiny-llama").glob("*familiar*"):
+            shutil.rmtree(run)
+    (folder / "other").mkdir()
+    shutil.copytree(folder / "models/tiny-mistral", folder / "other/tiny-llama")
+    assert start(folder, python, *options, "--runs", "runs/anew", "--model", "other/tiny-llama", log="other").wait(300) == 1
+    assert "base: status 2: evaluate.py: --out runs/anew/tiny-llama/base: holds the answers of another model" in (folder / "other").read_text()
+
+
+def test_any_way_of_writing(shared, python, tmp_path):
+    """A folder is the same however it is written, with brackets too; options count before --small and --tiny as behind; data that is
+    complete may be read-only; a log that a full disk cut stops no plan; first stages alone have no tables, which is no failure."""
+    folder = furnish(tmp_path)
+    shutil.copytree(shared / "data", folder / "data dir [1]")
+    data, first = ["--data-dir", "data dir [1]/tiny"], ["--only", "figure12", "--facts", "triviaqa", "--shard", "0/6"]
+    assert start(folder, python, *first, *data, "--runs", "./r [2]//", log="first").wait(300) == 0
+    assert "no tables yet" in (folder / "first").read_text()
+    run = folder / "r [2]/tiny-llama/triviaqa-s0"
+    (run / "eval.json").unlink()
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write('{"step": 1, "tok')
+    for i in range(2):
+        assert start(folder, python, *first[:-2], *data, "--runs", f"{folder}/./r [2]", log=f"all{i}").wait(300) == 0, (folder / f"all{i}").read_text()[-2000:]
+        assert len((folder / "r [2]/finished.log").read_text().split("\n")) == 1 + 1 + 6, "each once, the first again"
+    plan = lambda *words: {line.folder: line for line in planned(folder, *words).values()}
+    small = plan("--model", "models/tiny-llama", "--num-examples", "5", *data, "--small")
+    assert small == plan("--small", *data, "--num-examples", "5", "--model", "models/tiny-llama") and len(small) > 9
+    assert all("gsm8k" not in line.folder or "5" in line.args for line in small.values()) and any("gsm8k" in name for name in small)
 
 
 def test_a_part_and_then_another(shared, python, tmp_path):
