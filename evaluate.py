@@ -1919,26 +1919,26 @@ def main():
 def check_out(args, lineage):
     """A DataError where --out holds the answers of another model."""
     out = Path(args.out)
-    if out.resolve() == Path(args.checkpoint).resolve() or not (out / "eval.json").exists():
-        taken = (out / "run.json").exists() and out.resolve() != Path(args.checkpoint).resolve()
-    elif lineage:  # a row does not say of which training it is
-        taken = True
-    else:
-        known = {row.get("base_model_sha256") for row in read_run(out).scores.values()}
-        taken = (out / "run.json").exists() or known - {base_of(args.checkpoint, []).sha256}
-    if taken:
+    if out.resolve() == Path(args.checkpoint).resolve():
+        return
+    others = list(read_run(out).scores.values())
+    if not lineage:  # else a row does not say of which training it is
+        sha256 = base_of(args.checkpoint, []).sha256
+        others = [row for row in others if row.get("base_model_sha256") != sha256]
+    if others or (out / "run.json").exists():
         raise DataError(f"--out {args.out}: holds the answers of another model, or of this one after other training; "
                         "remove it, or give another folder")  # fmt: skip
 
 
 def still_to_ask(args, sets):
     """Those FactSets whose answers by a base model are not in --out yet; says which are."""
-    kept, left = read_run(args.out).scores, []
+    kept, left, rank = read_run(args.out).scores, [], int(os.environ.get("RANK", 0))
     for wanted in sets:
         row = kept.get(wanted.name, {})
         alike = (row.get("data_sha256"), row.get("precision")) == (wanted.data_sha256, args.precision)
         if alike and (Path(args.out) / f"predictions.{wanted.name}.jsonl").exists():
-            print(f"{wanted.name}: was asked before, {row['accuracy']:.1f}%")
+            if rank == 0:
+                print(f"{wanted.name}: was asked before, {row['accuracy']:.1f}%")
         else:
             left.append(wanted)
     return left

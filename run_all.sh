@@ -460,7 +460,7 @@ run_grid() {
   hold "$runs/lock" 1
   rm -f "$runs"/*.tmp
   if ! something_to_show; then
-    echo "run_all.sh: no tables yet: what is finished is first stages alone"
+    echo "run_all.sh: no tables yet: no second stage is finished"
     say_failed
     [ ${#failed[@]} = 0 ] || exit 1
     return
@@ -474,13 +474,9 @@ run_grid() {
   [ $status = 0 ] && [ ${#failed[@]} = 0 ] || exit 1
 }
 
-# Is a run finished that a table shows: a later stage's, or one of familiar facts?
+# Is a run finished that a table shows: a stage inside another's folder, or one of familiar facts?
 something_to_show() {
-  local folder
-  for folder in "${!args_of[@]}"; do
-    [[ ${needs_of[$folder]} = - && ${args_of[$folder]} != *familiar* || ! -e $folder/eval.json ]] || [[ ${args_of[$folder]} = --ask* ]] || return 0
-  done
-  return 1
+  [ -n "$(find "$runs/" -name eval.json \( -path "$runs/*/*/*/*" -o -path '*+familiar-*' \) -print -quit)" ]
 }
 
 # Each base model is asked the familiar facts too: its runs of tables 5 and 6 can forget no more than it knows so.
