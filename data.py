@@ -1525,7 +1525,8 @@ def flat_file(name, data="data", words=DEFAULT_WORDS, base_model=None):
 
 
 def was_sorted(name, base_model, data="data"):
-    """Whether a base model was asked a set: one of its two files is there, and not the other where it knew all or nothing."""
+    """Whether a base model was asked a set: one of its two files is there; the other is not where it knew all or
+    nothing."""
     base, _, _ = resolve(name)
     return any(split_file(base, kind, base_model, data).exists() for kind in ("familiar", "unfamiliar"))
 
@@ -1553,8 +1554,9 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", bas
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
     if len(lines) < (1 if fewer else n or 1):
         whose = "" if name == str(path) else f" for {name}"
-        less = "ask for fewer (for a mix, a lower ratio or shorter passages; train.py and run_all.sh take what there is with --fewer)"
-        raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {'leave it out' if fewer else less}")
+        less = ("ask for fewer (for a mix, a lower ratio or shorter passages; train.py and run_all.sh take what there "
+                "is with --fewer)") if not fewer else "leave it out"  # fmt: skip
+        raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {less}")
     examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
     return examples, hashlib.sha256(b"".join(lines)).hexdigest()
 
@@ -1572,7 +1574,8 @@ def too_short(path, base, n, data, raw, fewer=False):
     known = _read_json(manifest, "remove it and its .jsonl")
     if not fewer or not known.get("ended"):
         return True
-    return any(os.path.relpath(file, raw) not in known["sources"] for file in raw_files(base, row, raw)) if row.read else False
+    files = raw_files(base, row, raw) if row.read else []
+    return any(os.path.relpath(file, raw) not in known["sources"] for file in files)
 
 
 def build_longer(name, n, data, words, raw, fewer=False):
@@ -1660,8 +1663,8 @@ def check_split(path, stem, base_model):
         raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove both and {remedy}")
     whole = flat_file(stem, path.parent)
     if whole.exists() and slice_size(whole) != slice_size(path):
-        raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not {slice_size(whole)}; remove "
-                        f"{path.parent}/{stem}.*-{base_model.sha256[:8]}.* and {remedy}")  # fmt: skip
+        raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not "
+                        f"{slice_size(whole)}; remove {path.parent}/{stem}.*-{base_model.sha256[:8]}.* and {remedy}")  # fmt: skip
 
 
 def is_split(name):
