@@ -255,8 +255,8 @@ def test_the_base_model_is_asked_anew(shared, python, tmp_path):
             shutil.rmtree(run)
     (folder / "other").mkdir()
     shutil.copytree(folder / "models/tiny-mistral", folder / "other/tiny-llama")
-    assert start(folder, python, *options, "--runs", "runs/anew", "--model", "other/tiny-llama", log="other").wait(300) == 1
-    assert "base: status 2: evaluate.py: --out runs/anew/tiny-llama/base: holds the answers of another model" in (folder / "other").read_text()
+    assert start(folder, python, *options, "--runs", "runs/anew", "--model", "other/tiny-llama", log="refused").wait(300) == 1
+    assert "base: status 2: evaluate.py: --out runs/anew/tiny-llama/base: holds the answers of another model" in (folder / "refused").read_text()
 
 
 def test_any_way_of_writing(shared, python, tmp_path):
