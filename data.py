@@ -1511,6 +1511,11 @@ def split_file(stem, kind, base_model, data="data"):
     return found[0] if found else Path(data) / f"{stem}.{kind}.{base_model.name}-{digits}.jsonl"
 
 
+def split_files(stem, base_model, data="data"):
+    """All that sorting a set for a base model leaves, as a shell pattern: what to remove to sort it anew."""
+    return f"{data}/{stem}.*-{base_model.sha256[:8]}.*"
+
+
 def flat_file(name, data="data", words=DEFAULT_WORDS, base_model=None):
     """Where a set lies: a name's own flat file, or the path itself where a path to a .jsonl file is given."""
     if name.endswith(".jsonl"):
@@ -1592,11 +1597,11 @@ def build_longer(name, n, data, words, raw, fewer=False):
 
 def build_at_most(name, out, *, raw, least, **options):
     """Build a set with `least` examples, or with what is here where no more can be had."""
+    base, _, _ = resolve(name)
     try:
         return build(name, out, raw=raw, least=least, **options)
     except DataError as error:
-        row = SETS[resolve(name)[0]]
-        if not row.first_lines or not raw_files(resolve(name)[0], row, raw):
+        if not SETS[base].first_lines or not raw_files(base, SETS[base], raw):
             raise
         paths = build(name, out, raw=raw, **options)
         print(f"{error}; going on with what is here", file=sys.stderr)
@@ -1620,7 +1625,7 @@ def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=Non
         asked = _read_json(split.with_suffix(".json"), "remove it and its .jsonl").get("data_sha256")
         if asked and path.exists() and asked != load_pool(base, data, raw)[1]:
             raise DataError(f"{split}: made by asking other facts than {path} now holds; remove "
-                            f"{split.parent}/{base}.*-{base_model.sha256[:8]}.* to ask these")  # fmt: skip
+                            f"{split_files(base, base_model, data)} to ask these")  # fmt: skip
         lines = _read_lines(split, None)
         return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
     if row.build and not row.ends:
@@ -1664,7 +1669,7 @@ def check_split(path, stem, base_model):
     whole = flat_file(stem, path.parent)
     if whole.exists() and slice_size(whole) != slice_size(path):
         raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not "
-                        f"{slice_size(whole)}; remove {path.parent}/{stem}.*-{base_model.sha256[:8]}.* and {remedy}")  # fmt: skip
+                        f"{slice_size(whole)}; remove {split_files(stem, base_model, path.parent)} and {remedy}")  # fmt: skip
 
 
 def is_split(name):

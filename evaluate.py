@@ -34,10 +34,10 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    DEFAULT_WORDS, OVERLAP_LIMIT, SETS, SLICE, BaseModel, DataError, Parser, encode_example, end_on_signals, flat_file,
-    is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap, path_from, progress_bar,
-    relative_path, resolve, set_label, slice_size, split_file, stage_facts, stage_set, subjects_of, was_sorted,
-    write_file, write_flat,
+    DEFAULT_WORDS, OVERLAP_LIMIT, SETS, SLICE, BaseModel, DataError, Parser, at_hand, encode_example, end_on_signals,
+    flat_file, is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap, path_from,
+    progress_bar, relative_path, resolve, set_label, slice_size, split_file, split_files, stage_facts, stage_set,
+    subjects_of, write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -181,7 +181,7 @@ def named_sets(names, n, path, lineage, data, fewer=False, out=None):
         taken[name] = entry["data_sha256"]
         of_stages.setdefault(entry["data_sha256"], name)
     for asked in names:
-        if fewer and is_familiar(asked) and knows_none(asked, kept["base_model"], data):
+        if fewer and is_familiar(asked) and at_hand(asked, 1, **kept) == 0:
             print(f"{asked}: {kept['base_model'].name} knows no such fact; left out", file=sys.stderr)
             continue
         learned = next((entry for entry in lineage if same_set(asked, entry["data"])), None)
@@ -205,12 +205,6 @@ def named_sets(names, n, path, lineage, data, fewer=False, out=None):
     if not sets:
         raise DataError(f"{path}: no facts to ask, as {kept['base_model'].name} knows none of {', '.join(names)}")
     return list(sets.values())
-
-
-def knows_none(name, base_model, data):
-    """Whether a base model was asked a set, and knew nothing of it: name is that of its familiar facts."""
-    stem = name.removesuffix(".familiar")
-    return was_sorted(stem, base_model, data) and not split_file(stem, "familiar", base_model, data).exists()
 
 
 def asked_before(path):
@@ -287,7 +281,7 @@ class Sorting:
         for file, before in sorting.manifests().items():
             if before.get("data_sha256") != sha256:
                 raise DataError(f"{file}: made by asking {before['asked']} other facts, or facts in slices of another "
-                                f"size; remove {data}/{base}.*-{base_model.sha256[:8]}.* to ask these")  # fmt: skip
+                                f"size; remove {split_files(base, base_model, data)} to ask these")  # fmt: skip
         return sorting
 
     def manifests(self):

@@ -1418,7 +1418,7 @@ def needs_of(run, runs, asked):
 
 def say_shortfalls(runs, to_do, args):
     """Print which sets are known to lack what runs to do take of them, and which are not here to tell."""
-    wanted, broken, short, nothing, unknown, unsorted = {}, [], [], [], set(), set()
+    wanted, broken, short, failing, unknown, unsorted = {}, [], [], [], set(), set()
     for run in to_do:
         for need in needs_of(run, runs, args.asked):
             wanted.setdefault(need, []).append(run)
@@ -1437,18 +1437,19 @@ def say_shortfalls(runs, to_do, args):
             unknown.add(need.name.partition(".")[0])
         elif found < need.n:
             most = "at most " if need.model and not need.is_sorted() else ""
-            fewer = of_runs[0].args.fewer and (found or need.name.endswith(".familiar"))
+            # With --fewer what there is will do, and of familiar sets the others.
+            enough = of_runs[0].args.fewer and (found or need.name.endswith(".familiar"))
             said = f"{need.said}: {most}{found} of {need.n}, {need.n - found} too few: {cells}"
-            (short if fewer else nothing).append(said)
+            (short if enough else failing).append(said)
         elif need.model and not need.is_sorted():
             unsorted.add(need.name.partition(".")[0])
     if broken:
         print("cannot be read, so that these runs will fail:")
         print("\n".join(f"  {line}" for line in sorted(broken)))
-    if nothing:
+    if failing:
         remedy = "" if any(run.args.fewer for run in to_do) else " (--fewer takes what there is)"
         print(f"falls short, so that these runs will fail{remedy}:")
-        print("\n".join(f"  {line}" for line in sorted(nothing)))
+        print("\n".join(f"  {line}" for line in sorted(failing)))
     if short:
         print("falls short:")
         print("\n".join(f"  {line}" for line in sorted(short)))
