@@ -185,9 +185,17 @@ say_end() {
 # ---------------------------------------------------------------- the grid
 
 # first TABLES MODEL LABEL arguments: a stage 1; then TABLES STAGE1 LABEL arguments: a stage inside it.
-first() { plan "$1" "$runs/$(basename "$2")/$3-s$seed" - --stage 1 --model "$2" --seed "$seed" $size $pace "${@:4}"; }
-later() { plan "$1" "$2/$3-s$seed" "$2" --stage "${stage:-2}" --model "$2" --seed "$seed" $size $later_pace "${@:4}"; }
-mixed() { [ "$1" = - ] && return; echo "--mix $1"; }  # the arguments of a mix
+first() { plan "$1" "$runs/$(basename "$2")/$3-s$seed" - --stage 1 --model "$2" --seed "$seed" $(size "$5") $pace "${@:4}"; }
+later() { plan "$1" "$2/$3-s$seed" "$2" --stage "${stage:-2}" --model "$2" --seed "$seed" $(size "$5") $later_pace "${@:4}"; }
+size() { echo "--num-examples $([[ $1 != bios* ]] && echo "$examples" || echo $((2 * examples / 3))) $shape"; }  # of a set
+mixed() {  # the arguments of a mix; of weight 0 it is the control of as many steps and passes
+  case "$1" in
+    -) ;;
+    *.m0) echo "--mix ${1%.m0} --mix-weight 0 --stop-loss 0 --tag control" ;;
+    *.equal) echo "--mix ${1%.equal} --mix-weight equal --tag equal" ;;
+    *) echo "--mix $1" ;;
+  esac
+}
 plus() { [ "$1" = - ] && return; echo "+$1"; }  # its part of a folder's name
 
 # pairs TABLES MODEL D_A MIX1 MIX2 "D_B ...": both stages of one row of tables 1 to 3.
@@ -200,21 +208,57 @@ pairs() {
   done
 }
 
-# controls TABLES MODEL D_A "D_B ...": no mixing, with as many steps as random / - and as random / K-Pile (@ is their folder).
-controls() {
-  local at="$runs/$(basename "$2")/$3-long-s$seed" like="$runs/$(basename "$2")/$3+random-s$seed" b
-  first "$1" "$2" "$3-long" --data "$3" --tag long --stop-loss 0 --epochs "@$like"
-  for b in $4; do
+# longer TABLES MODEL D_A MIX1 "D_B ..." TAG EPOCHS ...: both stages, the first of other epochs, annealed to its own end.
+longer() {
+  local label=$3$(plus "$4")-${6/epochs/epochs$7} b
+  first "$1" "$2" "$label" --data "$3" $(mixed "$4") --tag "$6" --epochs "${@:7}"
+  for b in $5; do
     [ "$b" != id ] || b=$3-id
-    [ "$b" != "$3" ] || continue
-    later "$1" "$at" "$b" --data "$b"
-    later "$1" "$at" "$b-long" --data "$b" --tag long --stop-loss 0 --epochs "@$like/$b+$generic-s$seed"
+    [ "$b" = "$3" ] || later "$1" "$runs/$(basename "$2")/$label-s$seed" "$b" --data "$b"
   done
+}
+
+# ladder TABLE MODEL D_A "D_B ...": is it the mix, or the steps that come with it? No mixing, the mix of stage 1, the same batches
+# with the mix taken out (m0), the mix weighed like the facts, and no mixing with as many steps (@ is a run's folder).
+ladder() {
+  local like="$runs/$(basename "$2")/$3+random-s$seed" mix
+  for mix in - random random.m0 random.equal; do pairs "$1,ladder" "$2" "$3" $mix - "$4"; done
+  longer "$1,ladder" "$2" "$3" - "$4" long "@$like" --stop-loss 0
+}
+generic_ladder() {  # the same of generic text: each mix, and its batches without it
+  local mix
+  for mix in "$generic -" "$generic.m0 -" "- $generic" "- $generic.m0" "random $generic" "random.m0 $generic.m0"; do
+    pairs "$1,ladder" "$2" "$3" ${mix% *} ${mix#* } "$4"
+  done
+}
+
+# dose D_A "D_B ...": what more passes over the facts do, with the mix and without.
+dose() {
+  local mix epochs
+  for mix in - random; do
+    pairs dose,ladder "$llama" "$1" $mix - "$2"
+    for epochs in $doses; do longer dose,ladder "$llama" "$1" $mix "$2" epochs $epochs; done
+  done
+}
+
+# The rows of ours below the paper's in tables 2 and 3: what decides the question first, then the rest.
+ours() {
+  local rung a seed
+  for rung in ladder generic_ladder; do
+    for a in $ladder_a; do
+      for seed in $seeds; do
+        $rung table2 "$llama" $a "${ladder_b:-id $factoid $other}"
+        $rung table3 "$mistral" $a "${ladder_b:-$factoid $other}"
+      done
+    done
+  done
+  for seed in $seeds; do dose ${ladder_a%% *} "${ladder_b:-id ${factoid%% *}}"; done
 }
 
 # A run stands in every table and figure that shows it, and in no other: --only trains what one of them needs.
 grid() {
   local a b c at r mix seed
+  [ "$only" != ladder ] || ours  # in their own order
   for seed in $seeds; do
     for a in $sets_a; do
       pairs table1,table2,figure9 "$llama" $a - - id
@@ -224,14 +268,12 @@ grid() {
         pairs table2,figure9 "$llama" $a ${mix% *} ${mix#* } "id $factoid"
         pairs table2,figure10 "$llama" $a ${mix% *} ${mix#* } "$other"
       done
-      controls table2 "$llama" $a "id $factoid $other"
       at=$runs/$(basename "$llama")/$a-s$seed
       for b in $factoid $other; do
         for r in 0.01 0.05 0.1; do [ $b = $a ] || later table4,figure2 "$at" $b+replay$r --data $b --replay $r; done
       done
       pairs table3 "$mistral" $a - - "$factoid $other"
       pairs table3 "$mistral" $a random $generic "$factoid $other"
-      controls table3 "$mistral" $a "$factoid $other"
     done
     for mix in - $generic a-pile random fineweb; do  # familiar facts: one stage from the base model
       for b in $familiar_b; do
@@ -283,6 +325,7 @@ grid() {
       done
     done
   done
+  ours
 }
 
 # ---------------------------------------------------------------- the runner
@@ -522,16 +565,19 @@ launch=("$python")
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
 published="popqa triviaqa lama entityqa webqa"  # of whose facts a base model knows some
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
+ladder_a= ladder_b= doses="30 40 60 80"  # D_A and D_B of our own rows, where not table 2's; epochs
 # The other two grids.
 small_grid() {
-  grid=small llama=$smollm2 mistral=$smollm2 examples=16 shape="--batch-size 8 --mix-words 4" sets_a="kvr bios"
-  pace="--lr 3e-4 --epochs 12" later_pace="--lr 1.5e-4 --epochs 8 --eval-every 8"
+  grid=small llama=$smollm2 mistral=$smollm2 examples=48 shape="--batch-size 16 --mix-words 4" sets_a="kvr bios"
+  pace="--lr 2e-4 --epochs 16" later_pace="--lr 1e-4 --epochs 16 --eval-every 8"
   familiar_b= sources= lengths="8 16" ratios="1 4" third_b=bios third_c=bios-id
+  ladder_b="kvr-id bios" doses="24 32 48 64"
 }
 tiny_grid() {
   grid=tiny llama=models/tiny-llama mistral=models/tiny-mistral slice=10 data=data/tiny examples=10 precision="--precision fp32"
   shape="--batch-size 10 --lr 3e-2 --epochs 6 --mix-words 4 --eval-every 2" published="popqa triviaqa lama entityqa" default_seeds=0
   sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa
+  ladder_a=kvr ladder_b=lama doses=8
 }
 usage() { sed -n '2,27s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
 for word; do
@@ -546,7 +592,7 @@ while [ $# -gt 0 ]; do
     --seeds | --runs) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
     --data-dir) [ $# -gt 1 ] || usage; data=$2 of_grid=yes; shift ;;
     --only | --shard) [ $# -gt 1 ] || usage; declare "${1#--}=$2" of_grid=yes; shift ;;
-    --facts) [ $# -gt 1 ] || usage; sets_a=$2 of_grid=yes; shift ;;
+    --facts) [ $# -gt 1 ] || usage; sets_a=$2 ladder_a=$2 of_grid=yes; shift ;;
     --num-examples) [ $# -gt 1 ] || usage; examples=$2 of_grid=yes; shift ;;
     --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2 of_grid=yes; shift ;;
     --small | --tiny) of_grid=yes ;;  # set already: what else is given counts, before it or behind
@@ -567,9 +613,10 @@ if [ $grid = small ]; then  # the sets that are here
   data=${data:-data}
   present() { local b; for b; do [ ! -e "$data/$b.jsonl" ] || printf '%s ' $b; done; }
   generic=$(present k-pile) factoid="bios kvr $(present lama entityqa webqa)" other=$(present gsm8k math evolcode apps ultrachat)
-  generic=${generic:-pydoc} generic=${generic% }
+  generic=${generic:-pydoc} generic=${generic% } ladder_a=${ladder_a:-kvr $(present entityqa)}
 fi
-data=${data:-data} seeds=${seeds:-$default_seeds} runs=${runs:-runs/$grid} size="--num-examples $examples $shape"
+ladder_a=${ladder_a:-$sets_a}
+data=${data:-data} seeds=${seeds:-$default_seeds} runs=${runs:-runs/$grid}
 [[ $shard =~ ^[0-9]+/[1-9][0-9]*$ ]] && [ $((10#${shard%/*})) -lt $((10#${shard#*/})) ] || { echo "run_all.sh: --shard $shard: give i/n with i from 0 to n - 1" >&2; exit 2; }
 [ -z "$own" ] || own_facts "$own"
 cut_slices
