@@ -2,13 +2,14 @@
 
     python evaluate.py runs/SmolLM2-135M-Instruct/kvr-s0     # every factoid stage behind it, and what was forgotten
     python evaluate.py CKPT --lost                           # all the facts that were forgotten, asked before or not
+    python evaluate.py CKPT --text pydoc                     # and what else it cost: the loss on other text
     python evaluate.py models/Meta-Llama-3-8B --data bios    # any model on any set
     python evaluate.py models/Meta-Llama-3-8B --split popqa  # which facts the base model knows: familiar, unfamiliar
     torchrun --nproc_per_node 8 evaluate.py CKPT             # facts are shared out over the ranks
     python evaluate.py --overlap runs/paper                  # which facts stand in what the runs were trained on
     python evaluate.py --tables runs/paper                   # tables, claims and figures of the runs below a folder
 
-Writes CKPT/eval.json and CKPT/predictions.NAME.jsonl; --split writes data/NAME.familiar.MODEL-ID.jsonl and
+Writes CKPT/eval.json, CKPT/predictions.NAME.jsonl and CKPT/text.NAME.json; --split writes data/NAME.familiar.MODEL-ID.jsonl and
 NAME.unfamiliar.
 """
 
@@ -18,9 +19,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports take their seconds, Ctrl-C has nothing to save
 
 import dataclasses
+import fnmatch
 import functools
+import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -34,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    DEFAULT_WORDS, OVERLAP_LIMIT, SETS, SLICE, BaseModel, DataError, Parser, at_hand, encode_example, end_on_signals,
+    DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, BaseModel, DataError, Parser, at_hand, encode_example, end_on_signals,
     flat_file, is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap, path_from,
     progress_bar, relative_path, resolve, set_label, slice_size, split_file, split_files, stage_facts, stage_set,
     subjects_of, write_file, write_flat,
@@ -228,7 +232,6 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0, base_model=None):
     eval.json and the predictions are written into folder path; the rows of a base_model, which no run.json beside them
     names, do so themselves.
     """
-    whose = {"base_model_name": base_model.name, "base_model_sha256": base_model.sha256} if base_model else {}
     results = {}
     for asked in sets:
         rows, answers = [], predict(model, tokenizer, asked.facts, progress=True)
@@ -238,12 +241,107 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0, base_model=None):
         correct = sum(row["correct"] for row in rows)
         results[asked.name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows),
                                "of": asked.of, "precision": precision, "data": asked.data,
-                               "data_sha256": asked.data_sha256} | whose  # fmt: skip
+                               "data_sha256": asked.data_sha256} | named(base_model)  # fmt: skip
         if rank == 0:
             write_lines(Path(path) / f"predictions.{asked.name}.jsonl", rows)
     if rank == 0:
         write_file(Path(path) / "eval.json", json.dumps(read_run(path).scores | results, indent=2) + "\n")
     return results
+
+
+def named(base_model):
+    """What a result says of the BaseModel that it is of, where no run.json beside it does."""
+    return {"base_model_name": base_model.name, "base_model_sha256": base_model.sha256} if base_model else {}
+
+
+# ---------------------------------------------------------------- other text
+
+PASSAGES = 100  # whose loss --text gives
+SHARED_WORDS = 8  # in a row, that tell a passage which was trained on
+MAX_TOKENS = 2048  # of a passage
+
+
+@dataclass
+class Text:
+    """Passages that no stage of a checkpoint was trained on."""
+
+    name: str  # of its file text.NAME.json
+    passages: list
+    data_sha256: str  # of them
+
+
+def other_text(name, lineage, data):
+    """The Text of a set: its last 100 examples that share no 8 words in a row with a mix or a set of the lineage's stages,
+    nor hold a shorter one whole.
+
+    A mix of weight 0 counts too, so that a control is asked what its mixed run is.
+    """
+    seen = {}  # {n: runs of n words}
+    for texts in itertools.chain(map(learned_by, lineage), map(mixed_by, filter(is_mixed, lineage))):
+        for example in texts.load(data):
+            words = plain_text(example).lower().split()
+            n = min(len(words), SHARED_WORDS)
+            seen.setdefault(n, set()).update(word_runs(words, n))
+    examples, _ = load_examples(name, None, data)
+    passages = []
+    for example in reversed(examples):
+        words = plain_text(example).lower().split()
+        known = any(not runs.isdisjoint(word_runs(words, n)) for n, runs in seen.items())
+        if words and not known and len(passages) < PASSAGES:
+            passages.append(plain_text(example))
+    if not passages:
+        raise DataError(f"{name}: all of it shares words with what a stage was trained on; name another set with --text")
+    return Text(set_label(name), passages, hashlib.sha256(json.dumps(passages).encode()).hexdigest())
+
+
+def plain_text(example):
+    """What an example says, without the words that ask for it."""
+    if "messages" in example:
+        return "\n".join(message["content"] for message in example["messages"])
+    return f"{example['prompt'].removeprefix(PASSAGE)} {example['response']}"
+
+
+def word_runs(words, n):
+    """All runs of n of a list of words."""
+    return {tuple(words[start : start + n]) for start in range(len(words) - n + 1)}
+
+
+def text_loss(model, tokenizer, texts):
+    """(mean loss of a token in nats, how many tokens) of texts, each by itself behind bos; under
+    torch.distributed every rank calls it with the same texts."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = sorted(([tokenizer.bos_id, *tokenizer.encode(text)][:MAX_TOKENS] for text in texts), key=len)
+    device = model.model.embed_tokens.weight.device
+    # Each rank sums over its own rows; every rank has equally many batches, the last perhaps empty.
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    mine = rows[rank::world]
+    for first in range(0, len(mine), TEXT_BATCH):
+        batch = mine[first : first + TEXT_BATCH]
+        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for row, tokens in enumerate(batch):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            labels[row, 1 : len(tokens)] = ids[row, 1 : len(tokens)]  # nothing predicts a first token
+        with torch.no_grad():
+            loss_sum, n_tokens = model(ids.to(device), labels=labels.to(device))
+        sums += torch.tensor([float(loss_sum), float(n_tokens)], dtype=torch.float64, device=device)
+    if world > 1:
+        dist.all_reduce(sums)
+    summed, n_tokens = sums.tolist()
+    return summed / n_tokens, round(n_tokens)
+
+
+TEXT_BATCH = 8  # passages at once
+
+
+def measure_text(path, model, tokenizer, text, precision, rank=0, base_model=None):
+    """Write the loss on a Text into text.NAME.json in folder path, and return the row."""
+    loss, n_tokens = text_loss(model, tokenizer, text.passages)
+    row = {"loss": loss, "tokens": n_tokens, "passages": len(text.passages), "precision": precision, "data": text.name,
+           "data_sha256": text.data_sha256} | named(base_model)  # fmt: skip
+    if rank == 0:
+        write_file(Path(path) / f"text.{text.name}.json", json.dumps(row, indent=2) + "\n")
+    return row
 
 
 # ---------------------------------------------------------------- familiar and unfamiliar
@@ -399,6 +497,8 @@ SCORE_FIELDS = {
     **dict.fromkeys(["data", "precision", "data_sha256"], str), **dict.fromkeys(["correct", "total", "of"], int),
     "accuracy": (int, float),
 }  # fmt: skip
+TEXT_FIELDS = {"loss": float, **dict.fromkeys(["tokens", "passages"], int),
+               **dict.fromkeys(["precision", "data", "data_sha256"], str)}  # fmt: skip
 
 
 def read_rows(path):
@@ -516,6 +616,7 @@ class Run:
     folder: Path
     lineage: list  # its stages, entries of run.json
     scores: dict  # eval.json: {name: row}
+    texts: dict  # {name: text.NAME.json}
 
     @property
     def stages(self):
@@ -559,28 +660,31 @@ def read_runs(folder):
 
 
 def folders_with(name, folder):
-    """The folders that hold a file of a name below one, itself included; behind links too, but each only once."""
+    """The folders that hold a file of a name or pattern below one, itself included; behind links too, but each once."""
     found = {}
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in found:
             folders.clear()  # a link that leads back
-        found.setdefault(real, Path(place) if name in files else None)
+        found.setdefault(real, Path(place) if fnmatch.filter(files, name) else None)
         folders.sort()
     return [place for place in found.values() if place]
 
 
 def read_untrained(folder):
-    """{base_model_sha256: [row]} of base models themselves: of each eval.json below a folder that has no run.json
-    beside it and names one."""
+    """{base_model_sha256: [row]} of base models themselves: of each eval.json and text.NAME.json below a folder that has
+    no run.json beside it and names one."""
     found = {}
-    for place in folders_with("eval.json", folder):
+    for place in dict.fromkeys([*folders_with("eval.json", folder), *folders_with("text.*.json", folder)]):
         if (place / "run.json").exists() or (place / "metrics.jsonl").exists():
             continue
-        rows = read_rows(place / "eval.json")
-        rows = list(rows.values()) if isinstance(rows, dict) else []
+        rows = []
+        for file in [*place.glob("eval.json"), *place.glob("text.*.json")]:
+            content = read_rows(file)
+            rows += content.values() if isinstance(content, dict) and file.name == "eval.json" else [content]
         if any(isinstance(row, dict) and "base_model_sha256" in row for row in rows):  # else some other program's
-            for row in read_run(place).scores.values():
+            run = read_run(place)
+            for row in [*run.scores.values(), *run.texts.values()]:
                 found.setdefault(row.get("base_model_sha256"), []).append(row)
     return found
 
@@ -595,7 +699,19 @@ def read_run(folder):
         if not fits or row["accuracy"] != 100 * row["correct"] / row["total"]:
             raise DataError(f"{folder / 'eval.json'}: not as this version of the code writes it; remove it and run "
                             "evaluate.py again")  # fmt: skip
-    return Run(folder, read_lineage(folder), scores)
+    return Run(folder, read_lineage(folder), scores, read_texts(folder))
+
+
+def read_texts(folder):
+    """{name: row} of a folder's text.NAME.json."""
+    texts = {}
+    for file in sorted(folder.glob("text.*.json")):
+        row = read_rows(file)
+        if not isinstance(row, dict) or wrong_fields(row, TEXT_FIELDS) or not math.isfinite(row["loss"]):
+            raise DataError(f"{file}: not as this version of the code writes it; remove it and run evaluate.py "
+                            "--text again")  # fmt: skip
+        texts[row["data"]] = row
+    return texts
 
 
 def grids_of(runs, untrained):
@@ -811,10 +927,10 @@ def say_forgotten(found, all_of_them):
 RESAMPLES = 2000
 
 
-def show(values, paper=None, underlined=False):
+def show(values, paper=None, underlined=False, digits=1):
     """A cell's text: mean ± standard deviation over seeds, and the paper's figure small."""
-    text = f"{statistics.mean(values):.1f}" if values else ""
-    text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    text = f"{statistics.mean(values):.{digits}f}" if values else ""
+    text += f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     text = f"<u>{text}</u>" if underlined and text else text
     return (text + ("" if paper is None else f" <sub>{paper:.1f}</sub>")).strip()
 
@@ -838,6 +954,37 @@ def bootstrap(differences):
     return tuple(torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 
+def t_interval(values, confidence):
+    """(lower, upper) of the mean of values, by Student's t; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    reach = t_quantile((1 + confidence) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - reach, statistics.mean(values) + reach
+
+
+def t_quantile(share, df):
+    """The value below which a share of Student's t distribution lies, of 1/2 or more; df: its degrees of freedom."""
+    low, high = 0.0, 1.0
+    while t_share(high, df) < share:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_share(middle, df) < share else (low, middle)
+    return high
+
+
+def t_share(t, df):
+    """The share of Student's t distribution below t >= 0 (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(df))
+    term, start = (math.cos(angle), 3) if df % 2 else (1.0, 2)
+    summed = term if df > 1 else 0.0
+    for k in range(start, df - 1, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        summed += term
+    within = 2 / math.pi * (angle + math.sin(angle) * summed) if df % 2 else math.sin(angle) * summed
+    return (1 + within) / 2
+
+
 # ---------------------------------------------------------------- tables
 
 LABELS = {"kvr": "Key-Value Recall", "popqa": "PopQA", "triviaqa": "TriviaQA", "id": "ID", "lama": "LAMA",
@@ -845,10 +992,13 @@ LABELS = {"kvr": "Key-Value Recall", "popqa": "PopQA", "triviaqa": "TriviaQA", "
           "apps": "APPS", "ultrachat": "UltraChat", "none": "No Mixing", "random": "Random", "k-pile": "K-Pile",
           "a-pile": "A-Pile", "fineweb": "FineWeb"}  # fmt: skip
 MIXES = ["none", "random/-", "k-pile/-", "-/random", "-/k-pile", "random/k-pile"]
-CONTROLS = {"long": "No Mixing, steps of Random / - at stage 1 *(not in the paper)*",
-            "long/long": "No Mixing, steps of Random / K-Pile *(not in the paper)*"}  # fmt: skip
+LADDER = {  # rows of ours: {row: that which it takes its steps from}
+    "random.m0/-": "random/-", "random.equal/-": "random/-", "long": "random/-", "k-pile.m0/-": "k-pile/-",
+    "-/k-pile.m0": "-/k-pile", "random.m0/k-pile.m0": "random/k-pile"}  # fmt: skip
+WEIGHTS = {"m0": ("0", "control"), "equal": ("equal", "equal")}  # of a mix's loss in our rows, and the runs' tag
 REPLAYS = {"none": 0.0, "replay0.01": 0.01, "replay0.05": 0.05, "replay0.1": 0.1}
 SOURCES = ["none", "k-pile", "a-pile", "random", "fineweb"]
+LADDERED = ["random/-", "k-pile/-", "-/k-pile"]  # rows that the paper has of Llama-3-8B alone
 
 
 @dataclass(frozen=True)
@@ -863,8 +1013,8 @@ class Table:
 TABLES = {
     "table1": Table("Forgetting in continual memorization, no mixing", ["none"], with_id=True, averaged=True,
                     lowest="row"),
-    "table2": Table("REMIX", [*MIXES, *CONTROLS], with_id=True, averaged=True),
-    "table3": Table("REMIX, the rows of Mistral-7B-v0.3", ["none", "random/k-pile", *CONTROLS], averaged=True),
+    "table2": Table("REMIX", [*MIXES, *LADDER], with_id=True, averaged=True),
+    "table3": Table("REMIX, the rows of Mistral-7B-v0.3", ["none", "random/k-pile", *LADDERED, *LADDER], averaged=True),
     "table4": Table("Replay", list(REPLAYS), lowest="column"),
     "table5": Table("Familiar facts after one stage", SOURCES),
     "table6": Table("Familiar facts after one stage, as for Mistral-7B-v0.3", SOURCES),
@@ -921,22 +1071,33 @@ def misprinted():
 def chain(a, row, b):
     """The Stages behind a cell of tables 1 to 4: D_A, then D_B, as a row has them.
 
-    row: "none", "random/-" and so on, a control, a replay. b: a set, "id", or the later two of three stages,
+    row: "none", "random/-" and so on, one of LADDER, a replay. b: a set, "id", or the later two of three stages,
     "webqa/math": of those the factoid ones are mixed (figure 8).
     """
     first, later = Stage(a), Stage()
     if row in REPLAYS:
         later = Stage(replay=REPLAYS[row])
-    elif row in CONTROLS:
-        first, later = Stage(a, tag="long"), Stage(tag="long" if row == "long/long" else "")
+    elif row == "long":
+        first = Stage(a, tag="long")
     else:
-        mixes = ["none" if mix == "-" else mix for mix in row.split("/")]
-        first, later = Stage(a, mixes[0]), Stage(mix=mixes[1])
+        first, later = map(mixed_stage, row.split("/"))
+        first = dataclasses.replace(first, data=a)
     stages, names = [first], (f"{a}-id" if b == "id" else b).split("/")
     for name in names:
         plain = len(names) > 1 and not is_factoid(name)
         stages.append(dataclasses.replace(Stage() if plain else later, data=name))
     return tuple(stages)
+
+
+def mixed_stage(part):
+    """The Stage that a part of a row's name means: "-", "random" or, of another weight in the loss, "random.m0"."""
+    mix, _, weight = part.partition(".")
+    return Stage(mix="none" if mix == "-" else mix, **dict(zip(("mix_weight", "tag"), WEIGHTS.get(weight, ("1", "")))))
+
+
+def is_column(a, b):
+    """Whether a D_B is one of a D_A's: not that itself, and its own second slice as "id"."""
+    return b not in (a, f"{a}-id")
 
 
 def behind(table, a, row, b):
@@ -970,6 +1131,11 @@ def with_own_text(rows, grid):
     return [row.replace("k-pile", "pydoc") if own else row for row in rows]
 
 
+def ladder_of(grid):
+    """LADDER in a model's own rows."""
+    return dict(zip(with_own_text(LADDER, grid), with_own_text(LADDER.values(), grid)))
+
+
 @dataclass
 class Layout:
     """The sets of a model's tables: the paper's, and those that it was trained on."""
@@ -1000,8 +1166,8 @@ def layout_of(grid):
         data = [stage.data for stage in stages]
         if len(stages) == 2:
             followed.setdefault(data[0], set()).add("id" if data[1] == f"{data[0]}-id" else data[1])
-            if any(stage.tag in MIX_SETTINGS for stage in stages):
-                ablated.add(data[0])  # for figures 6 and 7
+            if any(stage.tag in {*MIX_SETTINGS, "epochs", "control"} for stage in stages):
+                ablated.add(data[0])  # for figures 6 and 7, the dose, the ladder
         elif len(stages) == 3:
             two.add("/".join(data[1:]))
         elif stages[0].tag == "familiar":
@@ -1027,17 +1193,21 @@ def in_order(names):
 
 
 def row_label(row):
-    if row in CONTROLS:
-        return CONTROLS[row]
     if REPLAYS.get(row):
         return f"Replay (r = {REPLAYS[row]})"
-    return " / ".join(LABELS.get(mix, mix) for mix in row.split("/"))
+    if row == "long":
+        return "No Mixing, steps of Random / - *(not in the paper)*"
+    parts = []
+    for part in row.split("/"):
+        mix, _, weight = part.partition(".")
+        parts.append(LABELS.get(mix, mix) + {"": "", "m0": " of weight 0", "equal": " of equal weight"}[weight])
+    return " / ".join(parts) + (" *(not in the paper)*" if "." in row else "")
 
 
-def render(name, grid, layout, shown):
-    """One table as lines of Markdown, laid out as in the paper.
+def render(name, grid, layout, shown, starts):
+    """One table as lines of Markdown, laid out as in the paper; behind its columns what else a row cost.
 
-    The Stages of each cell that has runs go into the set `shown`.
+    The Stages of each cell that has runs go into the set `shown`. starts: {record: Run} of all runs.
     """
     table, printed = TABLES[name], paper_figures().cells if grid.name in PAPERS_MODELS else {}
     sizes = table_sizes(name, grid, layout)
@@ -1045,14 +1215,15 @@ def render(name, grid, layout, shown):
     columns = []
     for group in groups:
         columns += [*group, "Avg"] if table.averaged and group else group
-    rows, lines = with_own_text(table.rows, grid), []
+    rows, lines, stages = with_own_text(table.rows, grid), [], 1 if name in FAMILIAR else 2
+    costs = [(text, stage) for text in texts_of(grid) for stage in range(1, stages + 1)]
     alike = {"row": 0, "column": 1, "": None}[table.lowest]  # the part of a key (row, D_B) that rivals share
     for a in layout.firsts(name):
         if name != "table1":
-            lines.append(f"| **{LABELS.get(a, a)}** |" + " |" * len(columns))
+            lines.append(f"| **{LABELS.get(a, a)}** |" + " |" * (len(columns) + len(costs)))
         found = {}
         for row, b in itertools.product(rows, itertools.chain(*groups)):
-            if b == a:
+            if not is_column(a, b):
                 continue
             found[row, b] = cell_of(grid, name, a, row, b)
             if found[row, b]:
@@ -1068,11 +1239,13 @@ def render(name, grid, layout, shown):
                         lowest = means[row, b] == min(rivals)
                     theirs = printed.get((name, a, row, b))
                     text = show(list(found.get((row, b), {}).values()), theirs, lowest)
-                    texts.append(text + sizes.said(a, row, b))
+                    texts.append(text + sizes.said(a, row, b) + other_steps(grid, a, row, b))
                 if table.averaged and group:
                     theirs = [printed[name, a, row, b] for b in group if (name, a, row, b) in printed]
                     own = average([found[row, b] for b in group if (row, b) in found])
                     texts.append(show(list(own.values()), statistics.mean(theirs) if theirs else None))
+            of_row = [behind(name, a, row, b)[0] for other, b in found if other == row]
+            texts += [cost_of(grid, of_row, text, stage, starts) for text, stage in costs]
             label = LABELS.get(a, a) if name == "table1" else row_label(row)
             lines.append(f"| {label} | {' | '.join(texts)} |")
         if name in FAMILIAR and (score := untrained_score(grid, a, found)):
@@ -1080,11 +1253,57 @@ def render(name, grid, layout, shown):
             if sizes.cells and score["total"] != sizes.usual[0]:
                 text += f" ({score['total']} facts)"
             shown_columns = {b for (_, b), cell in found.items() if cell}
-            texts = [text if b in shown_columns else "" for b in columns]
+            texts = [text if b in shown_columns else "" for b in columns] + [""] * len(costs)
             lines.append(f"| {UNTRAINED} | {' | '.join(texts)} |")
-    asked_for = f"({grid.name}: exact match on D_A in %, mean ± standard deviation over seeds{sizes.caption})"
-    heading = ["| | " + " | ".join(LABELS.get(b, b) for b in columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    asked_for = (f"({grid.name}: exact match on D_A in %, mean ± standard deviation over seeds{sizes.caption}"
+                 f"{costs_caption(grid)})")  # fmt: skip
+    titles = [*[LABELS.get(b, b) for b in columns], *[f"{text} after stage {stage}" for text, stage in costs]]
+    heading = [f"| | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
     return ["", f"**Table {name[-1]}. {table.caption}** {asked_for}", "", *heading, *lines]
+
+
+def texts_of(grid):
+    """The names of the other text that a model's runs were asked (--text)."""
+    return sorted({name for run in runs_of(grid) for name in run.texts})
+
+
+def costs_caption(grid):
+    """What a table's caption says of the losses on other text, with the base model's own."""
+    said = ""
+    for name in texts_of(grid):
+        of_base = [f"{row['loss']:.2f}" for row in grid.untrained if "loss" in row and row["data"] == name]
+        said += f"; {name}: loss on it in nats a token, mean over D_B"
+        said += f", of the base model {' and '.join(dict.fromkeys(of_base))}" if of_base else ""
+    return said
+
+
+def cost_of(grid, cells, name, stage, starts):
+    """The loss on a text after a stage as a cell's text: mean over some cells (tuples of Stages) of a row, then seeds."""
+    found, asked = [], set()
+    for stages in cells:
+        of_cell = {}
+        for seeds, run in grid.cells.get(stages, {}).items():
+            row = starts[key].texts.get(name) if (key := record(run.lineage[:stage])) in starts else None
+            if row:
+                of_cell[seeds] = row["loss"]
+                asked.add((row["data_sha256"], row["precision"]))
+        if of_cell:
+            found.append(of_cell)
+    usual = Counter((row["data_sha256"], row["precision"]) for run in starts.values() for row in run.texts.values()
+                    if row["data"] == name).most_common(1)  # fmt: skip
+    others = " (other passages)" if found and asked != {usual[0][0]} else ""
+    return show(list(average(found).values()), digits=2) + others
+
+
+def other_steps(grid, a, row, b):
+    """The mark of a cell of ours that has not the steps of that which it is compared with: whose, and how many."""
+    like = ladder_of(grid).get(row)
+    cell, expected = (grid.cells.get(chain(a, of, b), {}) if like else {} for of in (row, like))
+    for seeds in sorted(cell.keys() & expected.keys()):
+        steps = [" + ".join(str(entry["steps"]) for entry in runs[seeds].lineage) for runs in (cell, expected)]
+        if steps[0] != steps[1]:
+            return f" (seed {seeds[0]}: {steps[0]} steps, not {steps[1]})"
+    return ""
 
 
 UNTRAINED = "The base model itself, asked alike *(not in the paper)*"
@@ -1096,7 +1315,7 @@ def untrained_score(grid, a, found):
     found: {(row, D_B): cell} of the table. A DataError where it was asked others than the runs.
     """
     name = f"{a}.familiar"
-    of_base, asked = [row for row in grid.untrained if row["data"] == name], None
+    of_base, asked = [row for row in grid.untrained if row["data"] == name and "correct" in row], None
     for row, b in found:
         for run in grid.cells.get(behind("table5", a, row, b)[0], {}).values():
             if of_base and (score := run.score(name)):
@@ -1143,7 +1362,7 @@ def table_sizes(name, grid, layout):
     columns = [*(layout.with_id if table.with_id else layout.factoid), *layout.other]
     for a, row, b in itertools.product(layout.firsts(name), with_own_text(table.rows, grid), columns):
         stages, asked = behind(name, a, row, b)
-        for run in grid.cells.get(stages, {}).values() if b != a else []:
+        for run in grid.cells.get(stages, {}).values() if is_column(a, b) else []:
             if score := run.score(asked):
                 sizes.cells[a, row, b] = (score[1]["total"], run.lineage[-1]["num_examples"], few_passages(run.lineage))
     return sizes
@@ -1153,7 +1372,7 @@ def few_passages(lineage):
     """For each stage whose mix was shorter than its ratio asks for, how many passages it had."""
     few = []
     for entry in lineage:
-        wanted = round(entry["mix_ratio"] * entry["num_examples"]) if entry["mix"] != "none" else 0
+        wanted = round(entry["mix_ratio"] * entry["num_examples"]) if is_mixed(entry) else 0
         if entry.get("num_mix", wanted) < wanted:
             few.append(f"{entry['num_mix']} passages of {entry['mix']}")
     return few
@@ -1165,7 +1384,7 @@ def chains_table(grid, cells, starts):
     cells: of the grid, those to show. starts: {record: Run} of all runs, among which a chain's first stage is looked
     for.
     """
-    lines, heading = [], None
+    lines, heading, texts = [], None, texts_of(grid)
     for stages, cell in sorted(cells.items(), key=lambda item: ([stage.data for stage in item[0]], item[0])):
         runs = [run for _, run in sorted(cell.items())]
         names = set_names(runs[0].lineage)
@@ -1175,13 +1394,17 @@ def chains_table(grid, cells, starts):
         if above != heading:
             heading = above
             titles = [f"{first} after stage 1", f"{first} at the end", f"{last} at the end"]
+            titles += [f"{text}, nats a token, after stage 1 / 2" for text in texts]
             columns = " | ".join(title.replace("|", r"\|") for title in titles)
             lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | loss at stage 1 / 2 | {columns} | runs |"]
-            lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+            lines += ["| --- |" + " ---: |" * (3 + len(titles))]
         # Runs that share a first stage have one figure of it.
         begun = {record(run.lineage[:1]): after_stage_1(run, starts) for run in runs}
         before = [accuracy for accuracy in begun.values() if accuracy is not None]
         at_end = [show(list(accuracies(grid, stages, name).values())) for name in (first, last)]
+        for text in texts:
+            after = [cost_of(grid, [stages], text, stage, starts) for stage in range(1, len(stages) + 1)]
+            at_end.append(" / ".join(cost or "-" for cost in after))
         few = few_passages(runs[0].lineage)
         label = (label_of(stages) + (f" ({', '.join(few)})" if few else "")).replace("|", r"\|")
         lines.append(f"| {label} | {mean_steps(runs)} | {mean_losses(runs)} | {show(before)} | {' | '.join(at_end)} | "
@@ -1268,7 +1491,8 @@ def tables(folder):
         if layout.first or layout.familiar:
             laid_out = True
             for name in PAPERS_MODELS.get(grid.name, TABLES):
-                lines += render(name, grid, layout, shown) if layout.firsts(name) else []
+                lines += render(name, grid, layout, shown, starts) if layout.firsts(name) else []
+            lines += verdicts(grid, layout)
             lines += claims(grid, layout)
             images += figures(grid, layout, folder, starts)
         images += lens_figures(grid, folder)
@@ -1384,6 +1608,15 @@ def learned_by(entry):
     return Texts(stage_set(entry), entry["num_examples"], DEFAULT_WORDS, entry["data_sha256"], BaseModel.of(entry))
 
 
+def is_mixed(entry):
+    return entry["mix"] != "none"
+
+
+def mixed_by(entry):
+    """The Texts of a stage's mix."""
+    return Texts(entry["mix"], entry["num_mix"], entry["mix_words"], entry["mix_sha256"], None)
+
+
 def overlap_pairs(runs):
     """[(facts, texts)] to be compared of some runs of one base model: every set of facts that was learned, or asked as
     familiar, with every mix that was trained on; and each D_A with what came after it."""
@@ -1392,8 +1625,8 @@ def overlap_pairs(runs):
         for entry in run.lineage:
             if is_factoid(set_label(entry["data"])):
                 facts.setdefault(entry["data_sha256"], learned_by(entry))
-            if entry["mix"] != "none" and entry["mix_weight"]:
-                mix = Texts(entry["mix"], entry["num_mix"], entry["mix_words"], entry["mix_sha256"], None)
+            if is_mixed(entry) and entry["mix_weight"]:
+                mix = mixed_by(entry)
                 mixes.setdefault(mix.sha256, mix)
         for row in run.scores.values():
             if is_familiar(row["data"]):
@@ -1504,9 +1737,6 @@ CLAIMS = {
     "random/k-pile keeps more over three stages": (["kvr"], ["random/k-pile"], "two", ["none"], "two", "figure8"),
     "two factoid stages after the first forget most":
         (["kvr"], ["none"], "two with other", ["none"], "two factoid", "figure8"),
-    "random/- beats its step-matched control (not in the paper)": (ANY, ["random/-"], "all", ["long"], "all", None),
-    "random/k-pile beats its step-matched control (not in the paper)":
-        (ANY, ["random/k-pile"], "all", ["long/long"], "all", None),
 }  # fmt: skip
 
 
@@ -1554,7 +1784,7 @@ def check_same_facts(one, two, data):
 def side_of(grid, table, a, rows, columns):
     """[(Stages, D_B)] of one side of a claim."""
     pairs = itertools.product(with_own_text(rows, grid), columns)
-    return [(behind(table, a, row, b)[0], b) for row, b in pairs if b != a]
+    return [(behind(table, a, row, b)[0], b) for row, b in pairs if is_column(a, b)]
 
 
 def printed_mean(table, a, rows, columns):
@@ -1569,7 +1799,7 @@ def printed_mean(table, a, rows, columns):
 def claims(grid, layout):
     """The claims as lines of Markdown. One holds if for each D_A the difference's 95% interval lies above 0."""
     groups = {"factoid": layout.with_id, "no id": layout.factoid, "other": layout.other, "lama": ["lama"],
-              "all": [*layout.with_id, *layout.other], "two": layout.two}  # fmt: skip
+              "two": layout.two}  # fmt: skip
     groups["two factoid"] = [two for two in layout.two if all(is_factoid(b) for b in two.split("/"))]
     groups["two with other"] = [two for two in layout.two if two not in groups["two factoid"]]
     heading = (f"**Claims** ({grid.name}). PASS: the 95% interval of the difference, by a paired bootstrap over "
@@ -1580,7 +1810,7 @@ def claims(grid, layout):
     for name, (wanted, more, more_b, less, less_b, table) in CLAIMS.items():
         if "table3" in PAPERS_MODELS.get(grid.name, []):
             table = "table6" if table == "table5" else table
-            if table not in ("table6", None):
+            if table != "table6":
                 continue  # the paper makes it of Llama-3-8B
         there = layout.firsts(table)
         names = wanted + [a for a in there if a not in wanted] if wanted is ANY else wanted
@@ -1606,6 +1836,56 @@ def claims(grid, layout):
         for i, (_, text) in enumerate(rows or [(None, "| | | | | ")]):
             lines.append(f"| {name if i == 0 else ''} | {verdict if i == 0 else ''} | {text} |")
     return lines
+
+
+# ---------------------------------------------------------------- the mix or its steps
+
+EQUAL = 10.0  # points within which two rows are called equal
+
+
+def verdicts(grid, layout):
+    """Lines of Markdown: of each row of LADDER whether its mix keeps more than that control, for each D_A and D_B.
+
+    By t intervals over the seeds that both have: it does if the 95% interval of the differences lies above 0; the two
+    are equal if the 90% interval lies within 10 points either way.
+    """
+    lines = []
+    ladder = ladder_of(grid).items()
+    for a, (control, mixed), b in itertools.product(layout.first, ladder, [*layout.with_id, *layout.other]):
+        sides = [cell_of(grid, "table2", a, of, b) if is_column(a, b) else {} for of in (mixed, control)]
+        seeds = sorted(sides[0].keys() & sides[1].keys())
+        if not seeds:
+            continue
+        differences = [sides[0][seed] - sides[1][seed] for seed in seeds]
+        label = row_label(control).replace(" *(not in the paper)*", "")
+        lines.append(f"| {LABELS.get(a, a)} | {LABELS.get(b, b)} | {row_label(mixed)} | {label} | {len(seeds)} | "
+                     f"{statistics.mean(differences):+.1f} | {keeps_more(differences)} | {are_equal(differences)} |")  # fmt: skip
+    if lines:
+        lines = ["", f"**The mix or its steps?** ({grid.name}; not in the paper). Points that a mix keeps more than its "
+                 "control, by Student's t over the seeds' paired differences.", "",
+                 "| D_A | D_B | row | compared with | seeds | difference | keeps more (95%) | "
+                 f"equal, within {EQUAL:.0f} points (90%) |", "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
+                 *lines]  # fmt: skip
+    return lines
+
+
+def keeps_more(differences):
+    """The verdict on a mix that is to keep more than its control, from the seeds' differences in points."""
+    interval = t_interval(differences, 0.95)
+    if not interval:
+        return "one seed"
+    verdict = "yes" if interval[0] > 0 else "no, less" if interval[1] < 0 else "open"
+    return f"{verdict} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
+
+
+def are_equal(differences):
+    """The verdict on a mix and its control that are to be equal, from the seeds' differences in points."""
+    interval = t_interval(differences, 0.90)
+    if not interval:
+        return "one seed"
+    apart = interval[0] > EQUAL or interval[1] < -EQUAL
+    verdict = "yes" if interval[0] > -EQUAL and interval[1] < EQUAL else "no" if apart else "open"
+    return f"{verdict} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
 
 
 # ---------------------------------------------------------------- figures
@@ -1634,9 +1914,12 @@ def figures(grid, layout, folder, starts):
             "figure10": [bars(grid, a, rows, other) for a in firsts],
             "forgetting": [over_time(grid, a, rows, every, starts) for a in firsts],
         }
+        dosed = [a for a in firsts if doses(grid, a)]
+        if dosed:
+            pictures["dose"] = [dose(grid, a, measure) for a in dosed for measure in (passes, first_loss)]
         for name, panels in pictures.items():
             drawn.append(f"{name}-{grid.name}.png")
-            draw_panels(panels, folder / drawn[-1], 4 if name == "figure7" else 3)
+            draw_panels(panels, folder / drawn[-1], {"figure7": 4, "dose": 2}.get(name, 3))
     return drawn
 
 
@@ -1665,7 +1948,7 @@ def replayed(grid, firsts, names, title):
     for a in firsts:
         points = []
         for row, ratio in REPLAYS.items():
-            cells = [cell_of(grid, "table4", a, row, b) for b in names if b != a]
+            cells = [cell_of(grid, "table4", a, row, b) for b in names if is_column(a, b)]
             points.append((ratio, list(average([cell for cell in cells if cell]).values())))
         series[LABELS.get(a, a)] = points
     return lambda axes: lines_over(axes, series, title, "replay ratio")
@@ -1689,6 +1972,53 @@ def varied(grid, a, setting, stage, mix, columns):
         series[LABELS.get(b, b)] = points
     xlabel = {"mix_words": "words of a passage", "mix_ratio": "mixing ratio"}[setting]
     return lambda axes: lines_over(axes, series, f"{LABELS.get(mix, mix)}, stage {stage}", xlabel)
+
+
+def doses(grid, a):
+    """{(D_B, mix of stage 1): {number of passes asked for: cell}} of runs that differ in the passes of stage 1 alone."""
+    found = {}
+    for stages, cell in grid.cells.items():
+        first, *later = stages
+        plain = first.data == a and first.mix_weight == "1" and first.tag in ("", "long", "epochs")
+        if plain and not first.replay and len(later) == 1 and later[0] == Stage(later[0].data):
+            entry = next(iter(cell.values())).lineage[0]
+            found.setdefault((later[0].data, first.mix), {}).setdefault(entry["epochs"], cell)
+    return {curve: cells for curve, cells in found.items() if len(cells) > 1}
+
+
+def dose(grid, a, measure):
+    """A panel of what is left of D_A against what stage 1 was: of each D_B and mix a curve over its number of passes.
+
+    measure: passes or first_loss, of an entry of run.json.
+    """
+    series = {}
+    for (b, mix), cells in sorted(doses(grid, a).items()):
+        points = []
+        for cell in cells.values():
+            runs = [run for run in cell.values() if run.score(a)]
+            kept = [run.score(a)[1]["accuracy"] for run in runs]
+            if runs:
+                points.append((statistics.mean(measure(run.lineage[0]) for run in runs), kept))
+        series[f"{LABELS.get(mix, mix)}, then {LABELS.get(b, b)}"] = points
+
+    def panel(axes):
+        lines_over(axes, series, LABELS.get(a, a), measure.__doc__)
+        axes.set(ylabel="exact match on D_A, %")
+        if measure is first_loss:
+            axes.set_xscale("log")
+
+    return panel
+
+
+def passes(entry):
+    """passes over the facts at stage 1"""
+    n = entry["num_examples"] + entry["num_mix"] + entry["num_replay"] - entry["num_cut"]
+    return entry["steps"] / math.ceil(n / entry["batch_size"])
+
+
+def first_loss(entry):
+    """loss of a fact's answer token at the end of stage 1"""
+    return entry["losses"]["own"]
 
 
 def over_time(grid, a, rows, columns, starts):
@@ -1757,7 +2087,7 @@ def bars(grid, a, rows, columns):
 
     def panel(axes):
         for i, row in enumerate(rows):
-            found = [list(cell_of(grid, "table2", a, row, b).values()) if b != a else [] for b in columns]
+            found = [list(cell_of(grid, "table2", a, row, b).values()) if is_column(a, b) else [] for b in columns]
             means = [statistics.mean(values) if values else 0 for values in found]
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found]
             at = [k + (i - (len(rows) - 1) / 2) * 0.8 / len(rows) for k in range(len(columns))]
@@ -1843,6 +2173,9 @@ def main():
     parser.add_argument("--lost", action="store_true",
                         help="print all facts of earlier stages that were forgotten; asks only what was not asked "
                              "before")  # fmt: skip
+    parser.add_argument("--text", metavar="NAME",
+                        help=f"give the loss (nats a token) on {PASSAGES} passages of a set, or a .jsonl file, that no "
+                             "stage was trained on; besides asks only what was not asked before")  # fmt: skip
     parser.add_argument("--split", metavar="NAME", nargs="+",
                         help="sort sets' facts into those that the base model CKPT knows and those it does "
                              "not")  # fmt: skip
@@ -1882,27 +2215,32 @@ def main():
     if args.split:
         if lineage:
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
-        if args.out or args.fewer or args.data:
-            raise DataError("--split sorts what there is, into --data-dir; leave out --out, --fewer and --data")
+        if args.out or args.fewer or args.data or args.text:
+            raise DataError("--split sorts what there is, into --data-dir; leave out --out, --fewer, --data and --text")
         return split_all(args)
     if args.out:
         check_out(args, lineage)
-    sets = chosen_sets(args, lineage)
+    sets = chosen_sets(args, lineage) if lineage or args.data or not args.text else []
     if args.out and not lineage:
         sets = still_to_ask(args, sets)
-    if args.lost:
-        run = read_run(args.checkpoint)
-        answers = {wanted.name: predictions(args.checkpoint, wanted.name) or [] for wanted in sets}
-        sets = [wanted for wanted in sets if not run.score(wanted.name) or len(answers[wanted.name]) < wanted.of]
+    elif args.lost or args.text and not args.data:
+        sets = not_asked(args, sets)
     rank = int(os.environ.get("RANK", 0))
-    if sets:
+    text = text_to_measure(args, lineage) if args.text else None
+    if sets or text:
         tokenizer, model, rank = open_checkpoint(args, lineage)
         base_model = None if lineage else base_of(args.checkpoint, lineage)
-        results = evaluate(args.out or args.checkpoint, model, tokenizer, sets, args.precision, rank, base_model)
-        if rank == 0:
-            say_results(results, args.precision)
+        whose = (args.precision, rank, base_model)
+        if text:
+            row = measure_text(args.out or args.checkpoint, model, tokenizer, text, *whose)
+            if rank == 0:
+                say_text(row)
+        if sets:
+            results = evaluate(args.out or args.checkpoint, model, tokenizer, sets, *whose)
+            if rank == 0:
+                say_results(results, args.precision)
         end_process_group()
-    if rank == 0 and not args.data and not args.num_examples and not args.out:
+    if rank == 0 and lineage and not args.data and not args.num_examples and not args.out:
         found = forgotten(read_run(args.checkpoint), lambda stage: folder_of_stage(lineage, stage))
         for of_set in found:
             say_forgotten(of_set, args.lost)
@@ -1915,7 +2253,8 @@ def check_out(args, lineage):
     out = Path(args.out)
     if out.resolve() == Path(args.checkpoint).resolve():
         return
-    others = list(read_run(out).scores.values())
+    run = read_run(out)
+    others = [*run.scores.values(), *run.texts.values()]
     if not lineage:  # else a row does not say of which training it is
         sha256 = base_of(args.checkpoint, []).sha256
         others = [row for row in others if row.get("base_model_sha256") != sha256]
@@ -1936,6 +2275,24 @@ def still_to_ask(args, sets):
         else:
             left.append(wanted)
     return left
+
+
+def text_to_measure(args, lineage):
+    """The Text of --text; None where --out has the loss of a base model on it; says that."""
+    text = other_text(args.text, lineage, args.data_dir)
+    row = read_run(args.out).texts.get(text.name, {}) if args.out and not lineage else {}
+    if (row.get("data_sha256"), row.get("precision")) != (text.data_sha256, args.precision):
+        return text
+    if int(os.environ.get("RANK", 0)) == 0:
+        say_text(row)
+    return None
+
+
+def not_asked(args, sets):
+    """Those FactSets whose answers by a checkpoint are not there yet."""
+    run = read_run(args.checkpoint)
+    answers = {wanted.name: predictions(args.checkpoint, wanted.name) or [] for wanted in sets}
+    return [wanted for wanted in sets if not run.score(wanted.name) or len(answers[wanted.name]) < wanted.of]
 
 
 def split_all(args):
@@ -1978,6 +2335,11 @@ def say_results(results, precision):
     for name, row in results.items():
         part = f"  the first {row['total']} of {row['of']}" if row["total"] < row["of"] else ""
         print(f"{name:20} {row['total']:6} {row['correct']:8} {row['accuracy']:8.1f}%{part}")
+
+
+def say_text(row):
+    print(f"{row['data']}: {row['loss']:.4f} nats a token, of {row['tokens']} in {row['passages']} passages that no stage "
+          f"was trained on, in {row['precision']}")  # fmt: skip
 
 
 def open_checkpoint(args, lineage):

@@ -445,16 +445,16 @@ carry_out() {
   IFS=$'\x1f' read -ra args <<< "${args_of[$folder]}"
   argument "$folder" --tag
   [ "$value" != familiar ] || named="--data $familiar_a --num-examples $examples $fewer"
-  if [[ ${args[0]} = --ask ]]; then  # the base model itself, as tables 5 and 6 ask what was trained
+  if [[ ${args[0]} = --ask ]]; then  # the base model itself, as what was trained is asked
     argument "$folder" --model
-    attend "${launch[@]}" "$code/evaluate.py" "$value" $named $precision "${data_dir[@]}" --out "$folder" || return
+    attend "${launch[@]}" "$code/evaluate.py" "$value" $named ${text:+--text $text} $precision "${data_dir[@]}" --out "$folder" || return
     asked[$folder]=yes
     return
   fi
   [ -e "$folder/run.json" ] || attend "${launch[@]}" "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
   rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
   measure_log
-  [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $named "${data_dir[@]}" || return
+  [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $named ${text:+--text $text} "${data_dir[@]}" || return
   measure_log
   finished "$folder" || attend "${launch[@]}" "$code/probe.py" "$folder" --no-base "${data_dir[@]}" || return
   echo "$folder" >> "$runs/finished.log" || return
@@ -522,9 +522,10 @@ something_to_show() {
   [ -n "$(find "$runs/" -name eval.json \( -path "$runs/*/*/*/*" -o -path '*+familiar-*' \) -print -quit)" ]
 }
 
-# Each base model is asked the familiar facts too: its runs of tables 5 and 6 can forget no more than it knows so.
+# Each base model is asked too: its runs of tables 5 and 6 can forget no more familiar facts than it knows, and its loss on other
+# text is what theirs began with.
 add_base_models() {
-  local folder model value
+  local folder model value tag
   for folder in "${todo[@]}"; do
     find_base "$folder"
     model=$value
@@ -533,10 +534,12 @@ add_base_models() {
         "--model FOLDER, or --only a table of the other" >&2
       exit 2
     fi
-    [[ ,${tables_of[$folder]}, =~ ,table[56], && -z ${args_of[$runs/$(basename "$model")/base]-} ]] || continue
+    tag=
+    [[ ! ,${tables_of[$folder]}, =~ ,table[56], ]] || tag=familiar
     folder=$runs/$(basename "$model")/base
-    args_of[$folder]=$'--ask\x1f--model\x1f'$model$'\x1f--tag\x1ffamiliar' needs_of[$folder]=- tables_of[$folder]=table5,table6
-    todo+=("$folder")
+    [ -n "${args_of[$folder]-}" ] || todo+=("$folder")
+    [ -z "$tag" ] && [ -n "${args_of[$folder]-}" ] ||
+      args_of[$folder]=$'--ask\x1f--model\x1f'$model$'\x1f--tag\x1f'$tag needs_of[$folder]=- tables_of[$folder]=
   done
 }
 
@@ -566,6 +569,7 @@ sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evol
 published="popqa triviaqa lama entityqa webqa"  # of whose facts a base model knows some
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
 ladder_a= ladder_b= doses="30 40 60 80"  # D_A and D_B of our own rows, where not table 2's; epochs
+text=pydoc  # that no run is trained on, but for passages of the small grid's mixes
 # The other two grids.
 small_grid() {
   grid=small llama=$smollm2 mistral=$smollm2 examples=48 shape="--batch-size 16 --mix-words 4" sets_a="kvr bios"
@@ -577,7 +581,7 @@ tiny_grid() {
   grid=tiny llama=models/tiny-llama mistral=models/tiny-mistral slice=10 data=data/tiny examples=10 precision="--precision fp32"
   shape="--batch-size 10 --lr 3e-2 --epochs 6 --mix-words 4 --eval-every 2" published="popqa triviaqa lama entityqa" default_seeds=0
   sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa
-  ladder_a=kvr ladder_b=lama doses=8
+  ladder_a=kvr ladder_b=lama doses=8 text=bios
 }
 usage() { sed -n '2,27s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
 for word; do
@@ -585,7 +589,7 @@ for word; do
 done
 while [ $# -gt 0 ]; do
   case "$1" in
-    --demo) demo=short grid=demo grid_of=demo_grid llama=$smollm2 default_seeds=0 keep=yes shard=0/1 ;;
+    --demo) demo=short grid=demo grid_of=demo_grid text= llama=$smollm2 default_seeds=0 keep=yes shard=0/1 ;;
     --demo-model) demo_model; exit ;;
     --dry-run) dry=yes ;; --keep) keep=yes ;; --unfiltered) unfiltered=--unfiltered of_grid=yes ;; --fewer) fewer=--fewer of_grid=yes ;;
     --gpu-tflops) [ $# -gt 1 ] || usage; gpu_tflops="--gpu-tflops $2" of_grid=yes; shift ;;
