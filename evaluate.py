@@ -9,8 +9,8 @@
     python evaluate.py --overlap runs/paper                  # which facts stand in what the runs were trained on
     python evaluate.py --tables runs/paper                   # tables, claims and figures of the runs below a folder
 
-Writes CKPT/eval.json, CKPT/predictions.NAME.jsonl and CKPT/text.NAME.json; --split writes data/NAME.familiar.MODEL-ID.jsonl and
-NAME.unfamiliar.
+Writes CKPT/eval.json, CKPT/predictions.NAME.jsonl and CKPT/text.NAME.json; --split writes
+data/NAME.familiar.MODEL-ID.jsonl and NAME.unfamiliar.
 """
 
 import signal
@@ -38,10 +38,10 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, BaseModel, DataError, Parser, at_hand, encode_example, end_on_signals,
-    flat_file, is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap, path_from,
-    progress_bar, relative_path, resolve, set_label, slice_size, split_file, split_files, stage_facts, stage_set,
-    subjects_of, write_file, write_flat,
+    DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, BaseModel, DataError, Parser, at_hand, encode_example,
+    end_on_signals, flat_file, is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap,
+    path_from, progress_bar, relative_path, resolve, set_label, slice_size, split_file, split_files, stage_facts,
+    stage_set, subjects_of, write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -271,8 +271,8 @@ class Text:
 
 
 def other_text(name, lineage, data):
-    """The Text of a set: its last 100 examples that share no 8 words in a row with a mix or a set of the lineage's stages,
-    nor hold a shorter one whole.
+    """The Text of a set: its last 100 examples that share no 8 words in a row with a mix or a set of the lineage's
+    stages, nor hold a shorter one whole.
 
     A mix of weight 0 counts too, so that a control is asked what its mixed run is.
     """
@@ -290,7 +290,8 @@ def other_text(name, lineage, data):
         if words and not known and len(passages) < PASSAGES:
             passages.append(plain_text(example))
     if not passages:
-        raise DataError(f"{name}: all of it shares words with what a stage was trained on; name another set with --text")
+        raise DataError(f"{name}: all of it shares words with what a stage was trained on; name another set with "
+                        "--text")  # fmt: skip
     return Text(set_label(name), passages, hashlib.sha256(json.dumps(passages).encode()).hexdigest())
 
 
@@ -672,8 +673,8 @@ def folders_with(name, folder):
 
 
 def read_untrained(folder):
-    """{base_model_sha256: [row]} of base models themselves: of each eval.json and text.NAME.json below a folder that has
-    no run.json beside it and names one."""
+    """{base_model_sha256: [row]} of base models themselves: of each eval.json and text.NAME.json below a folder that
+    has no run.json beside it and names one."""
     found = {}
     for place in dict.fromkeys([*folders_with("eval.json", folder), *folders_with("text.*.json", folder)]):
         if (place / "run.json").exists() or (place / "metrics.jsonl").exists():
@@ -995,6 +996,7 @@ MIXES = ["none", "random/-", "k-pile/-", "-/random", "-/k-pile", "random/k-pile"
 LADDER = {  # rows of ours: {row: that which it takes its steps from}
     "random.m0/-": "random/-", "random.equal/-": "random/-", "long": "random/-", "k-pile.m0/-": "k-pile/-",
     "-/k-pile.m0": "-/k-pile", "random.m0/k-pile.m0": "random/k-pile"}  # fmt: skip
+OURS = " *(not in the paper)*"
 WEIGHTS = {"m0": ("0", "control"), "equal": ("equal", "equal")}  # of a mix's loss in our rows, and the runs' tag
 REPLAYS = {"none": 0.0, "replay0.01": 0.01, "replay0.05": 0.05, "replay0.1": 0.1}
 SOURCES = ["none", "k-pile", "a-pile", "random", "fineweb"]
@@ -1196,12 +1198,12 @@ def row_label(row):
     if REPLAYS.get(row):
         return f"Replay (r = {REPLAYS[row]})"
     if row == "long":
-        return "No Mixing, steps of Random / - *(not in the paper)*"
+        return f"No Mixing, steps of Random / -{OURS}"
     parts = []
     for part in row.split("/"):
         mix, _, weight = part.partition(".")
         parts.append(LABELS.get(mix, mix) + {"": "", "m0": " of weight 0", "equal": " of equal weight"}[weight])
-    return " / ".join(parts) + (" *(not in the paper)*" if "." in row else "")
+    return " / ".join(parts) + (OURS if "." in row else "")
 
 
 def render(name, grid, layout, shown, starts):
@@ -1278,7 +1280,10 @@ def costs_caption(grid):
 
 
 def cost_of(grid, cells, name, stage, starts):
-    """The loss on a text after a stage as a cell's text: mean over some cells (tuples of Stages) of a row, then seeds."""
+    """The loss on a text after a stage, as a cell's text: mean over some cells (tuples of Stages) of a row, then seeds.
+
+    starts: {record: Run} of all runs.
+    """
     found, asked = [], set()
     for stages in cells:
         of_cell = {}
@@ -1306,7 +1311,7 @@ def other_steps(grid, a, row, b):
     return ""
 
 
-UNTRAINED = "The base model itself, asked alike *(not in the paper)*"
+UNTRAINED = f"The base model itself, asked alike{OURS}"
 
 
 def untrained_score(grid, a, found):
@@ -1857,14 +1862,15 @@ def verdicts(grid, layout):
         if not seeds:
             continue
         differences = [sides[0][seed] - sides[1][seed] for seed in seeds]
-        label = row_label(control).replace(" *(not in the paper)*", "")
-        lines.append(f"| {LABELS.get(a, a)} | {LABELS.get(b, b)} | {row_label(mixed)} | {label} | {len(seeds)} | "
-                     f"{statistics.mean(differences):+.1f} | {keeps_more(differences)} | {are_equal(differences)} |")  # fmt: skip
+        names = [LABELS.get(a, a), LABELS.get(b, b), row_label(mixed), row_label(control).removesuffix(OURS)]
+        found = [f"{statistics.mean(differences):+.1f}", keeps_more(differences), are_equal(differences)]
+        lines.append(f"| {' | '.join([*names, str(len(seeds)), *found])} |")
     if lines:
-        lines = ["", f"**The mix or its steps?** ({grid.name}; not in the paper). Points that a mix keeps more than its "
-                 "control, by Student's t over the seeds' paired differences.", "",
-                 "| D_A | D_B | row | compared with | seeds | difference | keeps more (95%) | "
-                 f"equal, within {EQUAL:.0f} points (90%) |", "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
+        heading = (f"**The mix or its steps?** ({grid.name}; not in the paper). Points that a row keeps more than "
+                   "another, by Student's t over the seeds' paired differences.")  # fmt: skip
+        titles = ["D_A", "D_B", "row", "compared with", "seeds", "difference", "keeps more (95%)",
+                  f"equal, within {EQUAL:.0f} points (90%)"]  # fmt: skip
+        lines = ["", heading, "", f"| {' | '.join(titles)} |", "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
                  *lines]  # fmt: skip
     return lines
 
@@ -1975,7 +1981,7 @@ def varied(grid, a, setting, stage, mix, columns):
 
 
 def doses(grid, a):
-    """{(D_B, mix of stage 1): {number of passes asked for: cell}} of runs that differ in the passes of stage 1 alone."""
+    """{(D_B, mix of stage 1): {passes asked for: cell}} of runs that differ in the passes of stage 1 alone."""
     found = {}
     for stages, cell in grid.cells.items():
         first, *later = stages
@@ -2012,13 +2018,13 @@ def dose(grid, a, measure):
 
 def passes(entry):
     """passes over the facts at stage 1"""
-    n = entry["num_examples"] + entry["num_mix"] + entry["num_replay"] - entry["num_cut"]
+    n = entry["num_examples"] + sum(entry.get(key, 0) for key in ("num_mix", "num_replay")) - entry.get("num_cut", 0)
     return entry["steps"] / math.ceil(n / entry["batch_size"])
 
 
 def first_loss(entry):
     """loss of a fact's answer token at the end of stage 1"""
-    return entry["losses"]["own"]
+    return entry["losses"].get("own", math.nan)
 
 
 def over_time(grid, a, rows, columns, starts):
@@ -2338,8 +2344,8 @@ def say_results(results, precision):
 
 
 def say_text(row):
-    print(f"{row['data']}: {row['loss']:.4f} nats a token, of {row['tokens']} in {row['passages']} passages that no stage "
-          f"was trained on, in {row['precision']}")  # fmt: skip
+    print(f"{row['data']}: {row['loss']:.4f} nats a token, of {row['tokens']} in {row['passages']} passages that no "
+          f"stage was trained on, in {row['precision']}")  # fmt: skip
 
 
 def open_checkpoint(args, lineage):

@@ -232,12 +232,15 @@ generic_ladder() {  # the same of generic text: each mix, and its batches withou
   done
 }
 
-# dose D_A "D_B ...": what more passes over the facts do, with the mix and without.
+# dose D_A "D_B ...": what more passes over the facts do, with the mix and without; without it three times as many are the row long.
 dose() {
   local mix epochs
   for mix in - random; do
     pairs dose,ladder "$llama" "$1" $mix - "$2"
-    for epochs in $doses; do longer dose,ladder "$llama" "$1" $mix "$2" epochs $epochs; done
+    for epochs in $doses; do
+      if [ "$mix $epochs" = "- $tripled" ]; then longer dose,ladder "$llama" "$1" - "$2" long "@$runs/$(basename "$llama")/$1+random-s$seed" --stop-loss 0
+      else longer dose,ladder "$llama" "$1" $mix "$2" epochs $epochs; fi
+    done
   done
 }
 
@@ -568,14 +571,14 @@ launch=("$python")
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
 published="popqa triviaqa lama entityqa webqa"  # of whose facts a base model knows some
 familiar_b="$factoid $other" lengths="10 25 100 200" ratios="1 4 8" third_b="webqa ultrachat" third_c="entityqa math"
-ladder_a= ladder_b= doses="30 40 60 80"  # D_A and D_B of our own rows, where not table 2's; epochs
+ladder_a= ladder_b= doses="30 40 60 80" tripled=60  # D_A and D_B of our own rows, where not table 2's; epochs
 text=pydoc  # that no run is trained on, but for passages of the small grid's mixes
 # The other two grids.
 small_grid() {
   grid=small llama=$smollm2 mistral=$smollm2 examples=48 shape="--batch-size 16 --mix-words 4" sets_a="kvr bios"
   pace="--lr 2e-4 --epochs 16" later_pace="--lr 1e-4 --epochs 16 --eval-every 8"
   familiar_b= sources= lengths="8 16" ratios="1 4" third_b=bios third_c=bios-id
-  ladder_b="kvr-id bios" doses="24 32 48 64"
+  ladder_b="kvr-id bios" doses="24 32 48 64" tripled=48
 }
 tiny_grid() {
   grid=tiny llama=models/tiny-llama mistral=models/tiny-mistral slice=10 data=data/tiny examples=10 precision="--precision fp32"

@@ -20,13 +20,14 @@ from test_train import metrics
 from tiny import KNOWN, furnish
 
 from data import load_examples
-from evaluate import TABLES, behind, grids_of, layout_of, read_runs
+import evaluate
+from evaluate import OURS, TABLES, behind, grids_of, layout_of, read_runs, row_label
 from model import content_id
 
 RUNS = Path("runs/tiny")
 MODELS = ("tiny-llama", "tiny-mistral")
 OF_PAPER = {"tiny-llama": ("table1", "table2", "table4", "table5"), "tiny-mistral": ("table3", "table6")}
-FIGURES = {"tiny-llama": [f"figure{i}" for i in (2, 4, 5, 6, 7, 8, 9, 10, 11, 12)] + ["forgetting"], "tiny-mistral": ["figure9", "figure10"]}
+FIGURES = {"tiny-llama": [f"figure{i}" for i in (2, 4, 5, 6, 7, 8, 9, 10, 11, 12)] + ["forgetting", "dose"], "tiny-mistral": ["figure9", "figure10"]}
 TRAINED = r"(runs/\S+): \d+ steps in \d+ s, loss"  # what train.py prints at its end
 HITS = [(os.killpg, signal.SIGKILL, [-9]), (os.killpg, signal.SIGINT, [130, -2]), (os.kill, signal.SIGKILL, [-9]),  # -2: before its trap is set
         (os.killpg, signal.SIGTERM, [143, -15])]  # fmt: skip
@@ -315,8 +316,9 @@ def test_plan_of_a_begun_grid(shared, python):
     """What another seed would take follows from what the first took: as many steps and tokens, and 6 FLOPs for each of these and
     each parameter, as far as the first facts of a set tell how long all are."""
     assert start(shared, python, "--dry-run", "--seeds", "0 1", "--gpu-tflops", "1e-9", log="begun").wait() == 0
-    text, done = (shared / "begun").read_text(), [row for run in planned(shared) for row in metrics(shared / run) if "tokens" in row]
-    assert re.search(r"\nall +278 +139 +139 ", text) and f"steps to do: at most {len(done)}\n" in text
+    text, plan = (shared / "begun").read_text(), planned(shared)
+    done = [row for run in plan for row in metrics(shared / run) if "tokens" in row]
+    assert re.search(rf"\nall +{2 * len(plan)} +{len(plan)} +{len(plan)} ", text) and f"steps to do: at most {len(done)}\n" in text
     flops = 0
     for run in planned(shared):
         weights = shared / "models" / Path(run).parts[2] / "model.safetensors"
@@ -326,21 +328,53 @@ def test_plan_of_a_begun_grid(shared, python):
     assert int(hours) == pytest.approx(flops / 1e3 / 3600, rel=0.1) and f"by seed (--seeds): 0 0, 1 {int(hours):,};" in text
     rate = sum(row["tokens"] for row in done) / sum(row["seconds"] for row in done)
     assert f"at most {sum(row['tokens'] for row in done):.3g}; {rate:.0f} tokens/s measured: 0.0 hours" in text
-    assert "30 checkpoints are kept for later stages, 0.000 GB each of models/tiny-llama; a run in progress takes" in text
+    kept = {line.needs for seed in "01" for line in planned(shared, "--seeds", seed).values() if "tiny-llama" in line.needs}
+    assert f"{len(kept)} checkpoints are kept for later stages, 0.000 GB each of models/tiny-llama; a run in progress takes" in text
 
 
 def test_controls_and_three_stages(shared):
     """A control has the steps of what it is compared with; a third stage asks the first's facts; replay and familiar runs are what they say."""
     lineage = lambda run: json.loads((shared / RUNS / "tiny-llama" / run / "run.json").read_text())
     steps = lambda run: [entry["steps"] for entry in lineage(run)]
-    assert steps("kvr-long-s0/lama-long-s0") == steps("kvr+random-s0/lama+k-pile-s0") == [18, 18] and steps("kvr-long-s0/lama-s0") == [18, 6]
+    assert steps("kvr+random.m0-s0/lama+k-pile.m0-s0") == steps("kvr+random-s0/lama+k-pile-s0") == [18, 18] and steps("kvr-long-s0/lama-s0") == [18, 6]
     third = lineage("kvr+random-s0/lama+k-pile-s0/entityqa+k-pile-s0")
     assert [entry["mix"] for entry in third] == ["random", "k-pile", "k-pile"]
     assert lineage("kvr-s0/lama+replay0.1-s0")[1]["num_replay"] == 1
     familiar = shared / RUNS / "tiny-llama" / "gsm8k+a-pile+familiar-s0"
     assert {row["data"]: row["total"] for row in json.loads((familiar / "eval.json").read_text()).values()} == {"popqa.familiar": 10, "triviaqa.familiar": 10}
     kept = {file.parent.name for file in (shared / RUNS).rglob("model.safetensors")}
-    assert "kvr-s0" in kept and "lama+k-pile-s0" in kept and not kept & {"entityqa+k-pile-s0", "lama-long-s0", familiar.name}
+    assert "kvr-s0" in kept and "lama+k-pile-s0" in kept and not kept & {"entityqa+k-pile-s0", "lama+k-pile.m0-s0", familiar.name}
+
+
+PLAIN, CONTROL = {"mix": "none", "epochs": 6}, {"mix_weight": 0, "stop_loss": 0, "epochs": 6}
+LADDER = {  # the settings that our rows' names say, of both stages
+    "Random of weight 0 / -": ({"mix": "random"} | CONTROL, PLAIN), "K-Pile of weight 0 / -": ({"mix": "k-pile"} | CONTROL, PLAIN),
+    "Random of equal weight / -": ({"mix": "random", "equal_weight": True, "epochs": 6}, PLAIN),
+    "No Mixing, steps of Random / -": ({"mix": "none", "epochs": 18, "stop_loss": 0}, PLAIN), "- / K-Pile of weight 0": (PLAIN, {"mix": "k-pile"} | CONTROL),
+    "Random of weight 0 / K-Pile of weight 0": ({"mix": "random"} | CONTROL, {"mix": "k-pile"} | CONTROL)}  # fmt: skip
+
+
+def test_the_ladder(shared):
+    """Our rows are planned, trained as their names say, stand in the tables of both models and are judged there; every run and each
+    base model has its loss on other text."""
+    text = (shared / RUNS / "TABLES.md").read_text()
+    ladder = [line.folder.partition("llama/")[2] for line in planned(shared, "--only", "ladder").values() if "ladder" in line.tables]
+    assert ladder[:3] == ["kvr-s0", "kvr-s0/lama-s0", "kvr+random-s0"], "what decides comes first"
+    for grid in grids_of(read_runs(shared / RUNS), {}):
+        name = OF_PAPER[grid.name][grid.name == "tiny-llama"]
+        table = re.search(rf"\*\*Table {name[-1]}\.[^*]*\*\* \({grid.name}: .*?(?=\n\n\*\*|\n!)", text, re.DOTALL)[0]
+        verdicts = text.partition(f"**The mix or its steps?** ({grid.name}")[2].partition("**Claims**")[0]
+        assert {row_label(row) for row in evaluate.LADDER} == {f"{label}{OURS}" for label in LADDER}
+        for row, like in evaluate.LADDER.items():
+            label = row_label(row).removesuffix(OURS)
+            line = next(line for line in table.split("\n") if line.startswith(f"| {label}{OURS} |"))
+            assert re.search(r" \d+\.\d \|.* \d+\.\d\d \| \d+\.\d\d \|$", line), line  # what is left, and loss after both stages
+            assert f"| Key-Value Recall | LAMA | {row_label(like)} | {label} | 1 |" in verdicts
+            (run,) = grid.cells[behind(name, "kvr", row, "lama")[0]].values()
+            for entry, settings in zip(run.lineage, LADDER[label]):
+                assert {key: entry[key] for key in settings} == settings
+    for place in [*planned(shared), *[RUNS / model / "base" for model in MODELS]]:
+        assert json.loads((shared / place / "text.bios.json").read_text())["passages"] == 100
 
 
 def test_killed_at_random(shared, python, tmp_path, request):
