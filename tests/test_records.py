@@ -1,15 +1,17 @@
 """A run is what its record says: every command on real runs of a tiny model, none of which trusts a name."""
 
 import json
+import random
 import shutil
 import subprocess
 
 import pytest
+import torch
 from conftest import ROOT, run, tiny_llama
 
-from data import BaseModel, split_file
+from data import PASSAGE, BaseModel, load_tokenizer, split_file
 from evaluate import base_of, named_sets, read_lineage, set_names
-from model import content_id, model_name
+from model import content_id, load_model, model_name
 
 ONE = ["train.py", "--stage", 1, "--model", "models/tiny", "--batch-size", 4, "--lr", 3e-3, "--precision", "fp32"]
 TWO = ["train.py", "--stage", 2, "--batch-size", 4, "--lr", 3e-3, "--epochs", 6, "--eval-every", 3, "--mix-words", 3]
@@ -243,6 +245,38 @@ def test_overlap_of_what_was_trained_on(work):
     assert {(row["facts"], row["texts"]) for row in counted} == {
         ("bios (4)", "random of 4 words (8)"), ("bios (4)", "random of 50 words (4)"), ("bios (4)", "pydoc of 50 words (4)")}  # fmt: skip
     assert "random of 4 words (8)" in done.stdout and "random of 3 words" not in done.stdout
+
+
+def test_loss_on_other_text(work):
+    """--text is a plain loop over the last passages that hold nothing a stage was trained on, of two ranks as of one; facts that were
+    asked before are not asked again."""
+    chance, file = random.Random(0), work / "text/passages.jsonl"
+    words = lambda n: " ".join("".join(chance.choices("abcdefgh", k=chance.randint(1, 6))) for _ in range(n))
+    passages = [(words(9), words(chance.randint(1, 30))) for _ in range(9)]
+    passages[-1] = (f"{words(3)} {passages[0][0].upper()}", words(2))  # nine words of the first stand in it
+    passages[-2] = (words(3), f"{words(2)} {' '.join(passages[1][0].split()[:7])} {words(4)}")  # seven of the second
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps({"id": f"{i}", "prompt": f"{PASSAGE}{first}", "response": then}) + "\n" for i, (first, then) in enumerate(passages)))
+    run(work, *ONE, "--data", facts(work / "c/facts.jsonl", 4, "red"), "--num-examples", 4, "--mix", file, "--mix-ratio", 1, "--epochs", 5, "--out", "runs/texts")
+    run(work, "evaluate.py", "runs/texts")
+    before = (work / "runs/texts/eval.json").stat().st_mtime_ns
+    said = run(work, "evaluate.py", "runs/texts", "--text", file).stdout
+    found = read(work / "runs/texts/text.passages.json")
+    model, tokenizer, summed, n_tokens = load_model(work / "runs/texts", torch.float32), load_tokenizer(work / "runs/texts"), 0.0, 0
+    asked = [f"{first} {then}" for first, then in passages[4:-1]]  # the mix took the first four
+    for text in asked:
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        log_probs = model(torch.tensor([ids])).log_softmax(-1)[0]
+        summed -= sum(log_probs[i, ids[i + 1]].item() for i in range(len(ids) - 1))
+        n_tokens += len(ids) - 1
+    assert (found["tokens"], found["passages"]) == (n_tokens, len(asked)) and found["loss"] == pytest.approx(summed / n_tokens, rel=1e-6)
+    assert f"{found['loss']:.4f} nats a token, of {n_tokens} in 4 passages" in said and (work / "runs/texts/eval.json").stat().st_mtime_ns == before
+    for ranks in (None, 2):
+        run(work, "evaluate.py", "models/tiny", "--text", file, "--precision", "fp32", "--out", f"asked by {ranks}", ranks=ranks)
+    alone, shared = (read(work / f"asked by {ranks}/text.passages.json") for ranks in (None, 2))
+    assert (alone["passages"], alone["base_model_name"]) == (9, "tiny") and shared == alone | {"loss": pytest.approx(alone["loss"], rel=1e-6)}
+    done = run(work, "evaluate.py", "runs/texts", "--text", "c/facts.jsonl", ok=False)
+    assert done.returncode == 2 and "all of it shares words with what a stage was trained on" in done.stderr
 
 
 def test_odd_facts(work):
