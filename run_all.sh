@@ -11,7 +11,8 @@
 #   bash run_all.sh --demo-model    only fetch and convert the demo's model
 #
 # The demo takes --seeds "0 1 2" and --runs FOLDER too (runs/demo, runs/demo-full or runs/demo-FILE-ITS_CONTENT).
-# The grid's options: --only TABLE (table1 ... figure12), --shard i/n (i from 0; a SLURM array's task otherwise),
+# The grid's options: --only TABLE (table1 ... figure12; ladder: our rows, that ask whether it is the mix or its steps; dose: more
+# passes over the facts), --shard i/n (i from 0; a SLURM array's task otherwise),
 # --seeds "0 1 2", --facts "kvr popqa" (the sets D_A), --num-examples N, --model FOLDER (in the place of both),
 # --keep (the last stages' weights), --unfiltered, --runs FOLDER, --data-dir FOLDER, --fewer (take what there is where a set
 # has less), --gpu-tflops N (of the plan's hours). Familiar facts are sorted out for each model before its first run.
@@ -219,12 +220,13 @@ longer() {
 }
 
 # ladder TABLE MODEL D_A "D_B ...": is it the mix, or the steps that come with it? No mixing, the mix of stage 1, the same batches
-# with the mix taken out (m0), the mix weighed like the facts, and no mixing with as many steps (@ is a run's folder).
+# with the mix taken out (m0), the mix weighed like the facts, and no mixing with as many steps (long; @ is a run's folder).
 ladder() {
-  local like="$runs/$(basename "$2")/$3+random-s$seed" mix
+  local mix
   for mix in - random random.m0 random.equal; do pairs "$1,ladder" "$2" "$3" $mix - "$4"; done
-  longer "$1,ladder" "$2" "$3" - "$4" long "@$like" --stop-loss 0
+  long "$1,ladder" "$2" "$3" "$4"
 }
+long() { longer "$1" "$2" "$3" - "$4" long "@$runs/$(basename "$2")/$3+random-s$seed" --stop-loss 0; }
 generic_ladder() {  # the same of generic text: each mix, and its batches without it
   local mix
   for mix in "$generic -" "$generic.m0 -" "- $generic" "- $generic.m0" "random $generic" "random.m0 $generic.m0"; do
@@ -232,13 +234,13 @@ generic_ladder() {  # the same of generic text: each mix, and its batches withou
   done
 }
 
-# dose D_A "D_B ...": what more passes over the facts do, with the mix and without; without it three times as many are the row long.
+# dose D_A "D_B ...": what more passes over the facts do, with the mix and without: there three times as many are the row long.
 dose() {
   local mix epochs
   for mix in - random; do
     pairs dose,ladder "$llama" "$1" $mix - "$2"
     for epochs in $doses; do
-      if [ "$mix $epochs" = "- $tripled" ]; then longer dose,ladder "$llama" "$1" - "$2" long "@$runs/$(basename "$llama")/$1+random-s$seed" --stop-loss 0
+      if [ "$mix $epochs" = "- $tripled" ]; then long dose,ladder "$llama" "$1" "$2"
       else longer dose,ladder "$llama" "$1" $mix "$2" epochs $epochs; fi
     done
   done
@@ -586,7 +588,7 @@ tiny_grid() {
   sets_a="kvr triviaqa" factoid=lama other=gsm8k familiar_b="lama gsm8k" lengths=8 ratios=1 third_b="lama gsm8k" third_c=entityqa
   ladder_a=kvr ladder_b=lama doses=8 text=bios
 }
-usage() { sed -n '2,27s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
+usage() { sed -n '2,28s/^# \{0,1\}//p' "$code/run_all.sh" >&2; exit 2; }
 for word; do
   case "$word" in --small) small_grid ;; --tiny) tiny_grid ;; esac
 done
