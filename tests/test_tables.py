@@ -232,6 +232,27 @@ def test_the_ladder(grid):
     assert "| LAMA | Random / - | No Mixing, steps of Random / - | 2 | +0.0 | open [+0.0, +0.0] | yes [+0.0, +0.0] |" in verdicts
 
 
+def test_readme_findings(tmp_path):
+    """The records that are kept redo the tables that are kept beside them, and the README's ladder has their figures."""
+    kept = ROOT / ".github" / "results"
+    shutil.copytree(kept, tmp_path / "results")
+    text = tables(tmp_path / "results")
+    assert (kept / "TABLES.md").read_text() == text and sum(file.stat().st_size for file in kept.rglob("*")) < 10e6
+    assert not list(kept.rglob("*.safetensors"))
+    readme = (ROOT / "README.md").read_text().partition("## Findings so far")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in readme.split("\n") if re.match(r"\| (No Mixing|Random)", line) and "not run" not in line]
+    assert len(rows) >= 5
+    for label, steps, *cells in rows:
+        theirs = re.sub(r" \((D_B|seed)[^)]*\)", "", next(line for line in text.partition("**Table 2.")[2].split("\n") if line.startswith((f"| {label} |", f"| {label} *(not")))).split(" | ")
+        after_id, after_bios, _, *costs = theirs[1:]
+        assert cells == [after_id, after_bios, *[cost.strip(" |") for cost in costs]] and steps.isdigit()
+    for line in readme.split("\n"):
+        if verdict := re.match(r"\| (random / - keeps more than|the two are equal).* \| (.*) \| (.*) \|$", line):
+            for b, said in zip(("ID", "bios"), verdict.groups()[1:]):
+                judged = next(row for row in text.split("\n") if row.startswith(f"| Key-Value Recall | {b} | Random / - | Random of weight 0 / - |")).split(" | ")
+                assert said == judged[6 if "keeps" in line else 7].strip(" |")
+
+
 def test_student():
     """Quantiles as every table prints them; an interval by hand; of one value none."""
     printed = {(0.975, 1): 12.706, (0.975, 2): 4.303, (0.975, 5): 2.571, (0.975, 30): 2.042, (0.95, 1): 6.314, (0.95, 4): 2.132, (0.95, 9): 1.833, (0.95, 60): 1.671}
