@@ -1241,7 +1241,8 @@ def render(name, grid, layout, shown, starts):
                         lowest = means[row, b] == min(rivals)
                     theirs = printed.get((name, a, row, b))
                     text = show(list(found.get((row, b), {}).values()), theirs, lowest)
-                    texts.append(text + sizes.said(a, row, b) + other_steps(grid, a, row, b))
+                    mark = other_steps(grid, a, row, b) if found.get((row, b)) else ""
+                    texts.append(text + sizes.said(a, row, b) + mark)
                 if table.averaged and group:
                     theirs = [printed[name, a, row, b] for b in group if (name, a, row, b) in printed]
                     own = average([found[row, b] for b in group if (row, b) in found])
@@ -1966,7 +1967,7 @@ def varied(grid, a, setting, stage, mix, columns):
     The runs' tag is the setting's name.
     """
     series = {}
-    for b in columns:
+    for b in [b for b in columns if is_column(a, b)]:
         base = chain(a, f"{mix}/-" if stage == 1 else f"-/{mix}", b)
         points = [(0.0, list(cell_of(grid, "table2", a, "none", b).values()))] if setting == "mix_ratio" else []
         for stages, cell in grid.cells.items():
@@ -2031,7 +2032,7 @@ def over_time(grid, a, rows, columns, starts):
     """What is left of D_A while stage 2 trains, a curve a run, by the rows of table 2 over every D_B."""
     curves = {}
     for row in [*rows, "long"]:
-        for b in columns:
+        for b in [b for b in columns if is_column(a, b)]:
             for _, run in sorted(grid.cells.get(chain(a, row, b), {}).items()):
                 curves.setdefault(row_label(row).replace("*", ""), []).append(retention(run, starts))
     return lambda axes: draw_curves(axes, curves, LABELS.get(a, a))

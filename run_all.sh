@@ -188,7 +188,12 @@ say_end() {
 # first TABLES MODEL LABEL arguments: a stage 1; then TABLES STAGE1 LABEL arguments: a stage inside it.
 first() { plan "$1" "$runs/$(basename "$2")/$3-s$seed" - --stage 1 --model "$2" --seed "$seed" $(size "$5") $pace "${@:4}"; }
 later() { plan "$1" "$2/$3-s$seed" "$2" --stage "${stage:-2}" --model "$2" --seed "$seed" $(size "$5") $later_pace "${@:4}"; }
-size() { echo "--num-examples $([[ $1 != bios* ]] && echo "$examples" || echo $((2 * examples / 3))) $shape"; }  # of a set
+size() {  # of a set
+  case "$1" in
+    bios | bios-id) echo "--num-examples ${people_examples:-$examples} $shape" ;;
+    *) echo "--num-examples $examples $shape" ;;
+  esac
+}
 mixed() {  # the arguments of a mix; of weight 0 it is the control of as many steps and passes
   case "$1" in
     -) ;;
@@ -257,7 +262,8 @@ ours() {
       done
     done
   done
-  for seed in $seeds; do dose ${ladder_a%% *} "${ladder_b:-id ${factoid%% *}}"; done
+  for a in $ladder_a; do break; done  # the first
+  for seed in $seeds; do dose "$a" "${ladder_b:-id ${factoid%% *}}"; done
 }
 
 # A run stands in every table and figure that shows it, and in no other: --only trains what one of them needs.
@@ -567,7 +573,7 @@ say_failed() {
 
 seeds= default_seeds="0 1 2" runs= only= shard=${SLURM_ARRAY_TASK_ID:-0}/${SLURM_ARRAY_TASK_COUNT:-1} keep= unfiltered= fewer= gpu_tflops= slice= data= dry= EXTRA=${EXTRA-} precision= demo= own= of_grid= log= grid_of=grid
 facts=kvr n_facts=24 epochs=14 people="--num-examples 24 --batch-size 8 --lr 1.5e-4 --epochs 12 --eval-every 6"  # the demo's
-llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper examples=2000 shape= pace= later_pace= generic=k-pile sources=yes
+llama=models/Meta-Llama-3-8B mistral=models/Mistral-7B-v0.3 grid=paper examples=2000 people_examples= shape= pace= later_pace= generic=k-pile sources=yes
 launch=("$python")
 [ -z "${LAUNCH-}" ] || read -ra launch <<< "$LAUNCH"
 sets_a="kvr popqa triviaqa" factoid="lama entityqa webqa" other="gsm8k math evolcode apps ultrachat" familiar_a="popqa.familiar triviaqa.familiar"
@@ -577,7 +583,7 @@ ladder_a= ladder_b= doses="30 40 60 80" tripled=60  # D_A and D_B of our own row
 text=pydoc  # that no run is trained on, but for passages of the small grid's mixes
 # The other two grids.
 small_grid() {
-  grid=small llama=$smollm2 mistral=$smollm2 examples=48 shape="--batch-size 16 --mix-words 4" sets_a="kvr bios"
+  grid=small llama=$smollm2 mistral=$smollm2 examples=48 people_examples=32 shape="--batch-size 16 --mix-words 4" sets_a="kvr bios"
   pace="--lr 2e-4 --epochs 16" later_pace="--lr 1e-4 --epochs 16 --eval-every 8"
   familiar_b= sources= lengths="8 16" ratios="1 4" third_b=bios third_c=bios-id
   ladder_b="kvr-id bios" doses="24 32 48 64" tripled=48
@@ -602,7 +608,7 @@ while [ $# -gt 0 ]; do
     --data-dir) [ $# -gt 1 ] || usage; data=$2 of_grid=yes; shift ;;
     --only | --shard) [ $# -gt 1 ] || usage; declare "${1#--}=$2" of_grid=yes; shift ;;
     --facts) [ $# -gt 1 ] || usage; sets_a=$2 ladder_a=$2 of_grid=yes; shift ;;
-    --num-examples) [ $# -gt 1 ] || usage; examples=$2 of_grid=yes; shift ;;
+    --num-examples) [ $# -gt 1 ] || usage; examples=$2 people_examples= of_grid=yes; shift ;;
     --model) [ $# -gt 1 ] || usage; llama=$2 mistral=$2 of_grid=yes; shift ;;
     --small | --tiny) of_grid=yes ;;  # set already: what else is given counts, before it or behind
     full)

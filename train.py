@@ -856,7 +856,7 @@ def claim(out, resume):
         raise DataError(f"{out}: holds a finished run; give another --out, or remove it")
     if not resume and (states or log.tell()):
         raise DataError(f"{out}: holds an unfinished run; go on with --resume, or remove it")
-    for old in [out / "eval.json", *out.glob("predictions.*.jsonl")]:
+    for old in [out / "eval.json", *out.glob("predictions.*.jsonl"), *out.glob("text.*.json")]:
         old.unlink(missing_ok=True)
     return log, states[-1] if states else None
 
