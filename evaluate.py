@@ -287,7 +287,7 @@ def other_text(name, lineage, data):
     for example in reversed(examples):
         words = plain_text(example).lower().split()
         known = any(not runs.isdisjoint(word_runs(words, n)) for n, runs in seen.items())
-        if words and not known and len(passages) < PASSAGES:
+        if not known and len(passages) < PASSAGES:
             passages.append(plain_text(example))
     if not passages:
         raise DataError(f"{name}: all of it shares words with what a stage was trained on; name another set with "
@@ -313,7 +313,7 @@ def text_loss(model, tokenizer, texts):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = sorted(([tokenizer.bos_id, *tokenizer.encode(text)][:MAX_TOKENS] for text in texts), key=len)
     device = model.model.embed_tokens.weight.device
-    # Each rank sums over its own rows; every rank has equally many batches, the last perhaps empty.
+    # Each rank holds all weights and sums over its own rows, so the ranks meet in their sums alone.
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     mine = rows[rank::world]
     for first in range(0, len(mine), TEXT_BATCH):

@@ -194,7 +194,7 @@ size() {  # of a set
     *) echo "--num-examples $examples $shape" ;;
   esac
 }
-mixed() {  # the arguments of a mix; of weight 0 it is the control of as many steps and passes
+mixed() {  # the arguments of a mix; of weight 0 it is the control: as many steps and passes where no loss stopped the mixed run
   case "$1" in
     -) ;;
     *.m0) echo "--mix ${1%.m0} --mix-weight 0 --stop-loss 0 --tag control" ;;
