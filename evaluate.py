@@ -271,24 +271,22 @@ class Text:
 
 
 def other_text(name, lineage, data):
-    """The Text of a set: its last 100 examples that share no 8 words in a row with a mix or a set of the lineage's
-    stages, nor hold a shorter one whole.
+    """The Text of a set: its last 100 examples that share no 8 words in a row with an example of a set or a mix of the
+    lineage's stages, nor are themselves one of fewer words.
 
     A mix of weight 0 counts too, so that a control is asked what its mixed run is.
     """
-    seen = {}  # {n: runs of n words}
+    seen = set()
     for texts in itertools.chain(map(learned_by, lineage), map(mixed_by, filter(is_mixed, lineage))):
         for example in texts.load(data):
-            words = plain_text(example).lower().split()
-            n = min(len(words), SHARED_WORDS)
-            seen.setdefault(n, set()).update(word_runs(words, n))
-    examples, _ = load_examples(name, None, data)
+            seen.update(word_runs(plain_text(example)))
     passages = []
-    for example in reversed(examples):
-        words = plain_text(example).lower().split()
-        known = any(not runs.isdisjoint(word_runs(words, n)) for n, runs in seen.items())
-        if not known and len(passages) < PASSAGES:
-            passages.append(plain_text(example))
+    for example in reversed(load_examples(name, None, data)[0]):
+        text = plain_text(example)
+        if seen.isdisjoint(word_runs(text)):
+            passages.append(text)
+        if len(passages) == PASSAGES:
+            break
     if not passages:
         raise DataError(f"{name}: all of it shares words with what a stage was trained on; name another set with "
                         "--text")  # fmt: skip
@@ -302,37 +300,31 @@ def plain_text(example):
     return f"{example['prompt'].removeprefix(PASSAGE)} {example['response']}"
 
 
-def word_runs(words, n):
-    """All runs of n of a list of words."""
-    return {tuple(words[start : start + n]) for start in range(len(words) - n + 1)}
+def word_runs(text):
+    """All runs of 8 of a text's words; of a shorter text itself, as few words of it are ordinary phrases."""
+    words = text.lower().split()
+    starts = range(max(1, len(words) - SHARED_WORDS + 1))
+    return {tuple(words[start : start + SHARED_WORDS]) for start in starts}
 
 
 def text_loss(model, tokenizer, texts):
     """(mean loss of a token in nats, how many tokens) of texts, each by itself behind bos; under
     torch.distributed every rank calls it with the same texts."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = sorted(([tokenizer.bos_id, *tokenizer.encode(text)][:MAX_TOKENS] for text in texts), key=len)
     device = model.model.embed_tokens.weight.device
-    # Each rank holds all weights and sums over its own rows, so the ranks meet in their sums alone.
+    # Each rank holds all weights and sums over its own texts, so the ranks meet in their sums alone.
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    mine = rows[rank::world]
-    for first in range(0, len(mine), TEXT_BATCH):
-        batch = mine[first : first + TEXT_BATCH]
-        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        for row, tokens in enumerate(batch):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            labels[row, 1 : len(tokens)] = ids[row, 1 : len(tokens)]  # nothing predicts a first token
+    for text in texts[rank::world]:  # one at a time: the longest may fill a GPU
+        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)][:MAX_TOKENS]], device=device)
+        labels = ids.clone()
+        labels[:, 0] = -100  # nothing predicts a first token
         with torch.no_grad():
-            loss_sum, n_tokens = model(ids.to(device), labels=labels.to(device))
+            loss_sum, n_tokens = model(ids, labels=labels)
         sums += torch.tensor([float(loss_sum), float(n_tokens)], dtype=torch.float64, device=device)
     if world > 1:
         dist.all_reduce(sums)
     summed, n_tokens = sums.tolist()
     return summed / n_tokens, round(n_tokens)
-
-
-TEXT_BATCH = 8  # passages at once
 
 
 def measure_text(path, model, tokenizer, text, precision, rank=0, base_model=None):
@@ -651,23 +643,47 @@ class Grid:
     cells: dict  # {a tuple of Stages: {the stages' seeds: Run}}
     untrained: list = dataclasses.field(default_factory=list)  # rows of eval.json of the base model itself
 
+    @property
+    def runs(self):
+        found = []
+        for cell in self.cells.values():
+            found += cell.values()
+        return found
+
+    @functools.cached_property
+    def generic(self):
+        """The generic text of its mixes: pydoc where it was trained with that for want of k-pile."""
+        mixes = {stage.mix for stages in self.cells for stage in stages}
+        return "pydoc" if "pydoc" in mixes and "k-pile" not in mixes else "k-pile"
+
+    @functools.cached_property
+    def usual_texts(self):
+        """{name: data_sha256 of the passages of that text (--text) that most runs were asked}."""
+        asked = {}
+        for run in self.runs:
+            for name, row in run.texts.items():
+                asked.setdefault(name, Counter())[row["data_sha256"]] += 1
+        return {name: counts.most_common(1)[0][0] for name, counts in sorted(asked.items())}
+
 
 def read_runs(folder):
     """Every finished run below a folder, in an order that does not depend on folders' names."""
-    runs = [read_run(run) for run in folders_with("run.json", folder)]
+    runs = [read_run(run) for run in folders_with(["run.json"], folder)]
     if not runs:
         raise DataError(f"{folder}: no finished run below it; train some, and run evaluate.py on each")
     return sorted(runs, key=lambda run: record(run.lineage))
 
 
-def folders_with(name, folder):
-    """The folders that hold a file of a name or pattern below one, itself included; behind links too, but each once."""
+def folders_with(patterns, folder):
+    """The folders below one, itself included, that hold a file of one of some names or patterns; behind links too, but
+    each once."""
     found = {}
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in found:
             folders.clear()  # a link that leads back
-        found.setdefault(real, Path(place) if fnmatch.filter(files, name) else None)
+        fits = any(fnmatch.filter(files, pattern) for pattern in patterns)
+        found.setdefault(real, Path(place) if fits else None)
         folders.sort()
     return [place for place in found.values() if place]
 
@@ -676,7 +692,7 @@ def read_untrained(folder):
     """{base_model_sha256: [row]} of base models themselves: of each eval.json and text.NAME.json below a folder that
     has no run.json beside it and names one."""
     found = {}
-    for place in dict.fromkeys([*folders_with("eval.json", folder), *folders_with("text.*.json", folder)]):
+    for place in folders_with(["eval.json", "text.*.json"], folder):
         if (place / "run.json").exists() or (place / "metrics.jsonl").exists():
             continue
         rows = []
@@ -1000,7 +1016,7 @@ OURS = " *(not in the paper)*"
 WEIGHTS = {"m0": ("0", "control"), "equal": ("equal", "equal")}  # of a mix's loss in our rows, and the runs' tag
 REPLAYS = {"none": 0.0, "replay0.01": 0.01, "replay0.05": 0.05, "replay0.1": 0.1}
 SOURCES = ["none", "k-pile", "a-pile", "random", "fineweb"]
-LADDERED = ["random/-", "k-pile/-", "-/k-pile"]  # rows that the paper has of Llama-3-8B alone
+LLAMAS = ["random/-", "k-pile/-", "-/k-pile"]  # rows that the paper has of Llama-3-8B alone
 
 
 @dataclass(frozen=True)
@@ -1016,7 +1032,7 @@ TABLES = {
     "table1": Table("Forgetting in continual memorization, no mixing", ["none"], with_id=True, averaged=True,
                     lowest="row"),
     "table2": Table("REMIX", [*MIXES, *LADDER], with_id=True, averaged=True),
-    "table3": Table("REMIX, the rows of Mistral-7B-v0.3", ["none", "random/k-pile", *LADDERED, *LADDER], averaged=True),
+    "table3": Table("REMIX, the rows of Mistral-7B-v0.3", ["none", "random/k-pile", *LLAMAS, *LADDER], averaged=True),
     "table4": Table("Replay", list(REPLAYS), lowest="column"),
     "table5": Table("Familiar facts after one stage", SOURCES),
     "table6": Table("Familiar facts after one stage, as for Mistral-7B-v0.3", SOURCES),
@@ -1127,10 +1143,8 @@ def cell_of(grid, table, a, row, b):
 
 
 def with_own_text(rows, grid):
-    """Rows with the model's own generic text in K-Pile's place, where it was trained with pydoc for want of that."""
-    mixes = {stage.mix for stages in grid.cells for stage in stages}
-    own = "pydoc" in mixes and "k-pile" not in mixes
-    return [row.replace("k-pile", "pydoc") if own else row for row in rows]
+    """Rows with the model's own generic text in K-Pile's place."""
+    return [row.replace("k-pile", grid.generic) for row in rows]
 
 
 def ladder_of(grid):
@@ -1218,7 +1232,7 @@ def render(name, grid, layout, shown, starts):
     for group in groups:
         columns += [*group, "Avg"] if table.averaged and group else group
     rows, lines, stages = with_own_text(table.rows, grid), [], 1 if name in FAMILIAR else 2
-    costs = [(text, stage) for text in texts_of(grid) for stage in range(1, stages + 1)]
+    costs = list(itertools.product(grid.usual_texts, range(1, stages + 1)))
     alike = {"row": 0, "column": 1, "": None}[table.lowest]  # the part of a key (row, D_B) that rivals share
     for a in layout.firsts(name):
         if name != "table1":
@@ -1250,6 +1264,7 @@ def render(name, grid, layout, shown, starts):
             of_row = [behind(name, a, row, b)[0] for other, b in found if other == row]
             texts += [cost_of(grid, of_row, text, stage, starts) for text, stage in costs]
             label = LABELS.get(a, a) if name == "table1" else row_label(row)
+            label += OURS if name == "table3" and row in with_own_text(LLAMAS, grid) else ""
             lines.append(f"| {label} | {' | '.join(texts)} |")
         if name in FAMILIAR and (score := untrained_score(grid, a, found)):
             text = f"{score['accuracy']:.1f}"
@@ -1265,15 +1280,10 @@ def render(name, grid, layout, shown, starts):
     return ["", f"**Table {name[-1]}. {table.caption}** {asked_for}", "", *heading, *lines]
 
 
-def texts_of(grid):
-    """The names of the other text that a model's runs were asked (--text)."""
-    return sorted({name for run in runs_of(grid) for name in run.texts})
-
-
 def costs_caption(grid):
     """What a table's caption says of the losses on other text, with the base model's own."""
     said = ""
-    for name in texts_of(grid):
+    for name in grid.usual_texts:
         of_base = [f"{row['loss']:.2f}" for row in grid.untrained if "loss" in row and row["data"] == name]
         said += f"; {name}: loss on it in nats a token, mean over D_B"
         said += f", of the base model {' and '.join(dict.fromkeys(of_base))}" if of_base else ""
@@ -1292,12 +1302,10 @@ def cost_of(grid, cells, name, stage, starts):
             row = starts[key].texts.get(name) if (key := record(run.lineage[:stage])) in starts else None
             if row:
                 of_cell[seeds] = row["loss"]
-                asked.add((row["data_sha256"], row["precision"]))
+                asked.add(row["data_sha256"])
         if of_cell:
             found.append(of_cell)
-    usual = Counter((row["data_sha256"], row["precision"]) for run in starts.values() for row in run.texts.values()
-                    if row["data"] == name).most_common(1)  # fmt: skip
-    others = " (other passages)" if found and asked != {usual[0][0]} else ""
+    others = " (other passages)" if asked - {grid.usual_texts[name]} else ""
     return show(list(average(found).values()), digits=2) + others
 
 
@@ -1390,7 +1398,7 @@ def chains_table(grid, cells, starts):
     cells: of the grid, those to show. starts: {record: Run} of all runs, among which a chain's first stage is looked
     for.
     """
-    lines, heading, texts = [], None, texts_of(grid)
+    lines, heading, texts = [], None, grid.usual_texts
     for stages, cell in sorted(cells.items(), key=lambda item: ([stage.data for stage in item[0]], item[0])):
         runs = [run for _, run in sorted(cell.items())]
         names = set_names(runs[0].lineage)
@@ -1672,7 +1680,7 @@ def keep_overlap(folder, data):
     file, rows, before = Path(folder) / "overlap.jsonl", [], counted_overlap(folder)
     load, pairs = functools.cache(Texts.load), []
     for grid in grids_of(read_runs(folder), {}):
-        pairs += overlap_pairs(runs_of(grid))
+        pairs += overlap_pairs(grid.runs)
     for facts, texts in progress_bar(list(dict.fromkeys(pairs)), desc="overlap", unit=" pairs"):
         row = before.get((facts.sha256, texts.sha256))
         if not row:
@@ -1686,18 +1694,10 @@ def keep_overlap(folder, data):
     print(f"{file}: {len(rows)} pairs of facts and texts")
 
 
-def runs_of(grid):
-    """A Grid's Runs."""
-    runs = []
-    for cell in grid.cells.values():
-        runs += cell.values()
-    return runs
-
-
 def overlap_tables(grid, folder):
     """Lines of Markdown of the overlap between what a model's runs were trained on, as far as it was counted."""
     counted, shares, lines = counted_overlap(folder), {}, []
-    for facts, texts in overlap_pairs(runs_of(grid)) if counted else []:
+    for facts, texts in overlap_pairs(grid.runs) if counted else []:
         if row := counted.get((facts.sha256, texts.sha256)):
             passages = texts.base_model is None
             share = 100 * len(row["found"]) / row["n_facts"] if row["n_facts"] else 0.0
@@ -1862,8 +1862,11 @@ def verdicts(grid, layout):
         seeds = sorted(sides[0].keys() & sides[1].keys())
         if not seeds:
             continue
+        for seed in seeds:
+            check_same_facts(*[grid.cells[chain(a, of, b)][seed] for of in (mixed, control)], a)
         differences = [sides[0][seed] - sides[1][seed] for seed in seeds]
-        names = [LABELS.get(a, a), LABELS.get(b, b), row_label(mixed), row_label(control).removesuffix(OURS)]
+        compared_with = row_label(control).removesuffix(OURS) + other_steps(grid, a, control, b)
+        names = [LABELS.get(a, a), LABELS.get(b, b), row_label(mixed), compared_with]
         found = [f"{statistics.mean(differences):+.1f}", keeps_more(differences), are_equal(differences)]
         lines.append(f"| {' | '.join([*names, str(len(seeds)), *found])} |")
     if lines:
@@ -1903,14 +1906,13 @@ def figures(grid, layout, folder, starts):
     drawn = []
     if layout.first:
         ablated = layout.first[0]  # Key-Value Recall where it was trained on: the set of figures 5 to 8
-        text = with_own_text(["k-pile"], grid)[0]
-        rows, sources = with_own_text(MIXES, grid), [text, "a-pile", "fineweb"]
+        rows, sources = with_own_text(MIXES, grid), [grid.generic, "a-pile", "fineweb"]
         firsts, with_id, other = layout.first, layout.with_id, layout.other
         mixed = [f"{mix}/{source}" for mix in ("-", "random") for source in sources]
         every = [*with_id, *other]
         groups = ((layout.factoid, "factoid D_B"), (other, "non-factoid D_B"))
-        lengths = ((1, "random"), (2, text))
-        ratios = list(itertools.product((2, 1), ("random", text)))
+        lengths = ((1, "random"), (2, grid.generic))
+        ratios = list(itertools.product((2, 1), ("random", grid.generic)))
         pictures = {  # name: panels, each a function of axes
             "figure2": [replayed(grid, firsts, names, title) for names, title in groups],
             "figure5": [bars(grid, ablated, ["none", *mixed], with_id)],
@@ -1982,14 +1984,13 @@ def varied(grid, a, setting, stage, mix, columns):
 
 
 def doses(grid, a):
-    """{(D_B, mix of stage 1): {passes asked for: cell}} of runs that differ in the passes of stage 1 alone."""
+    """{(D_B, mix of stage 1): [cell]} of runs that differ in the passes of stage 1 alone."""
     found = {}
     for stages, cell in grid.cells.items():
         first, *later = stages
         plain = first.data == a and first.mix_weight == "1" and first.tag in ("", "long", "epochs")
         if plain and not first.replay and len(later) == 1 and later[0] == Stage(later[0].data):
-            entry = next(iter(cell.values())).lineage[0]
-            found.setdefault((later[0].data, first.mix), {}).setdefault(entry["epochs"], cell)
+            found.setdefault((later[0].data, first.mix), []).append(cell)
     return {curve: cells for curve, cells in found.items() if len(cells) > 1}
 
 
@@ -2001,7 +2002,7 @@ def dose(grid, a, measure):
     series = {}
     for (b, mix), cells in sorted(doses(grid, a).items()):
         points = []
-        for cell in cells.values():
+        for cell in cells:
             runs = [run for run in cell.values() if run.score(a)]
             kept = [run.score(a)[1]["accuracy"] for run in runs]
             if runs:
@@ -2182,7 +2183,8 @@ def main():
                              "before")  # fmt: skip
     parser.add_argument("--text", metavar="NAME",
                         help=f"give the loss (nats a token) on {PASSAGES} passages of a set, or a .jsonl file, that no "
-                             "stage was trained on; besides asks only what was not asked before")  # fmt: skip
+                             f"stage was trained on, of each its first {MAX_TOKENS} tokens; without --data facts that "
+                             "were asked before are not asked again")  # fmt: skip
     parser.add_argument("--split", metavar="NAME", nargs="+",
                         help="sort sets' facts into those that the base model CKPT knows and those it does "
                              "not")  # fmt: skip
@@ -2227,25 +2229,25 @@ def main():
         return split_all(args)
     if args.out:
         check_out(args, lineage)
-    sets = chosen_sets(args, lineage) if lineage or args.data or not args.text else []
+    sets = chosen_sets(args, lineage)
     if args.out and not lineage:
         sets = still_to_ask(args, sets)
     elif args.lost or args.text and not args.data:
         sets = not_asked(args, sets)
-    rank = int(os.environ.get("RANK", 0))
-    text = text_to_measure(args, lineage) if args.text else None
-    if sets or text:
-        tokenizer, model, rank = open_checkpoint(args, lineage)
-        base_model = None if lineage else base_of(args.checkpoint, lineage)
-        whose = (args.precision, rank, base_model)
-        if text:
-            row = measure_text(args.out or args.checkpoint, model, tokenizer, text, *whose)
-            if rank == 0:
-                say_text(row)
-        if sets:
-            results = evaluate(args.out or args.checkpoint, model, tokenizer, sets, *whose)
-            if rank == 0:
-                say_results(results, args.precision)
+    rank, opened, out = int(os.environ.get("RANK", 0)), None, args.out or args.checkpoint
+    base_model = None if lineage else base_of(args.checkpoint, lineage)
+    if sets:
+        opened = tokenizer, model, rank = open_checkpoint(args, lineage)
+        results = evaluate(out, model, tokenizer, sets, args.precision, rank, base_model)
+        if rank == 0:
+            say_results(results, args.precision)
+    # After the facts, so that text which cannot be had does not cost their answers.
+    if args.text and (text := text_to_measure(args, lineage)):
+        opened = tokenizer, model, rank = opened or open_checkpoint(args, lineage)
+        row = measure_text(out, model, tokenizer, text, args.precision, rank, base_model)
+        if rank == 0:
+            say_text(row)
+    if opened:
         end_process_group()
     if rank == 0 and lineage and not args.data and not args.num_examples and not args.out:
         found = forgotten(read_run(args.checkpoint), lambda stage: folder_of_stage(lineage, stage))
@@ -2322,12 +2324,14 @@ def split_all(args):
 
 
 def chosen_sets(args, lineage):
-    """The FactSets that the command line means."""
+    """The FactSets that the command line means; with --text perhaps none."""
     if args.data:
         return named_sets(args.data, args.num_examples, args.checkpoint, lineage, args.data_dir, args.fewer, args.out)
+    sets = stage_sets(lineage, args.data_dir)
+    if not sets and args.text:
+        return []
     if not lineage:
         raise DataError(f"{args.checkpoint}: no run.json, so no stages to ask about; name sets with --data")
-    sets = stage_sets(lineage, args.data_dir)
     if not sets:
         raise DataError(f"{args.checkpoint}: no stage of it learned facts; name sets with --data")
     if args.num_examples:

@@ -402,7 +402,7 @@ def stage_two_steps(args, path, lineage, name, base_model):
     name: of D_A.
     """
     before, cells = read_run(path), {}
-    for folder in folders_with("run.json", path):
+    for folder in folders_with(["run.json"], path):
         run = read_run(folder)
         if record(run.lineage[:-1]) == record(lineage):
             if run.lineage[-1]["replay"]:

@@ -214,7 +214,7 @@ pairs() {
   done
 }
 
-# longer TABLES MODEL D_A MIX1 "D_B ..." TAG EPOCHS ...: both stages, the first of other epochs, annealed to its own end.
+# longer TABLES MODEL D_A MIX1 "D_B ..." TAG EPOCHS ...: both stages, the first of other epochs, its learning rate to zero over them.
 longer() {
   local label=$3$(plus "$4")-${6/epochs/epochs$7} b
   first "$1" "$2" "$label" --data "$3" $(mixed "$4") --tag "$6" --epochs "${@:7}"
@@ -239,7 +239,7 @@ generic_ladder() {  # the same of generic text: each mix, and its batches withou
   done
 }
 
-# dose D_A "D_B ...": what more passes over the facts do, with the mix and without: there three times as many are the row long.
+# dose D_A "D_B ...": what more passes over the facts do, with the mix and without: the row long has three times as many already.
 dose() {
   local mix epochs
   for mix in - random; do
@@ -408,7 +408,19 @@ said_last() {
 finish() {
   local folder=$1 wait=$2 before needed lock status name model value
   [ -z "${failed[$folder]-}" ] || return 1
-  if finished "$folder"; then clean "$folder"; return; fi
+  if finished "$folder"; then
+    if lacks_text "$folder"; then
+      status=0
+      hold "$folder/lock" "$wait" || status=$?
+      [ $status != 75 ] || return 75
+      if [ $status = 0 ]; then
+        ! lacks_text "$folder" || ask_text "$folder" "$folder"
+        exec {lock}>&-
+      else no_text[$folder]="status $status: its lock cannot be had"; fi
+    fi
+    clean "$folder"
+    return
+  fi
   argument "$folder" --epochs  # @RUN: as many as make that run's steps
   before=("${needs_of[$folder]}" "${value:--}")
   for needed in "${before[@]}"; do
@@ -441,6 +453,15 @@ finish() {
   return $status
 }
 
+# lacks_text FOLDER: is a run's loss on other text still to be had? ask_text FOLDER CKPT ...: measure it. A run is whole without it,
+# so where it cannot be had the end only notes that.
+lacks_text() { [ -n "$text" ] && [ -z "${no_text[$1]-}" ] && ! any "$1" 'text.*.json' && any "$1" 'model*.safetensors'; }
+ask_text() {
+  local log=${log:-$1/log}
+  measure_log
+  attend "${launch[@]}" "$code/evaluate.py" "${@:2}" --text "$text" "${data_dir[@]}" || no_text[$1]=$(said_last $?)
+}
+
 # facts_of FOLDER: the sets that must have been sorted before.
 facts_of() {
   local value
@@ -458,14 +479,17 @@ carry_out() {
   [ "$value" != familiar ] || named="--data $familiar_a --num-examples $examples $fewer"
   if [[ ${args[0]} = --ask ]]; then  # the base model itself, as what was trained is asked
     argument "$folder" --model
-    attend "${launch[@]}" "$code/evaluate.py" "$value" $named ${text:+--text $text} $precision "${data_dir[@]}" --out "$folder" || return
+    [ -z "$named" ] || attend "${launch[@]}" "$code/evaluate.py" "$value" $named $precision "${data_dir[@]}" --out "$folder" || return
+    [ -z "$text" ] || ask_text "$folder" "$value" $precision --out "$folder"
     asked[$folder]=yes
     return
   fi
   [ -e "$folder/run.json" ] || attend "${launch[@]}" "$code/train.py" --out "$folder" --resume "${args[@]}" $precision || return
   rm -rf "$folder"/*.tmp "$folder"/state-* || return  # what a kill left after the last save
   measure_log
-  [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $named ${text:+--text $text} "${data_dir[@]}" || return
+  [ -e "$folder/eval.json" ] || attend "${launch[@]}" "$code/evaluate.py" "$folder" $named ${text:+--text $text} "${data_dir[@]}" ||
+    [ -e "$folder/eval.json" ] || return  # it asks the facts first
+  ! lacks_text "$folder" || ask_text "$folder" "$folder"
   measure_log
   finished "$folder" || attend "${launch[@]}" "$code/probe.py" "$folder" --no-base "${data_dir[@]}" || return
   echo "$folder" >> "$runs/finished.log" || return
@@ -474,7 +498,7 @@ carry_out() {
 
 run_grid() {
   local tables folder needed args n=0 status lock busy=yes todo=()
-  declare -gA args_of=() needs_of=() tables_of=() parent=() sorted=() failed=() asked=()
+  declare -gA args_of=() needs_of=() tables_of=() parent=() sorted=() failed=() asked=() no_text=()
   mkdir -p "$runs"
   whole > "$tmp/plan"
   while IFS=$'\t' read -r tables folder needed args; do
@@ -567,6 +591,10 @@ say_plan() { "$python" "$code/train.py" --plan $gpu_tflops ${only:+--only "$only
 
 say_failed() {
   local folder
+  if [ ${#no_text[@]} != 0 ]; then
+    folder=$(printf '%s\n' "${!no_text[@]}" | sort | head -n 1)
+    echo "run_all.sh: the loss on $text could not be had of ${#no_text[@]} runs, first $folder: ${no_text[$folder]}" >&2
+  fi
   [ ${#failed[@]} = 0 ] || echo "run_all.sh: ${#failed[@]} runs failed or were not tried; the same command tries them again:" >&2
   for folder in "${!failed[@]}"; do echo "  $folder: ${failed[$folder]}"; done | sort >&2
 }

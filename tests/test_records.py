@@ -254,6 +254,7 @@ def test_loss_on_other_text(work):
     words = lambda n: " ".join("".join(chance.choices("abcdefgh", k=chance.randint(1, 6))) for _ in range(n))
     passages = [(words(9), words(chance.randint(1, 30))) for _ in range(9)]
     passages[-1] = (f"{words(3)} {passages[0][0].upper()}", words(2))  # nine words of the first stand in it
+    passages[-3] = (words(5), f"red 0? red0 {words(5)}")  # a fact, of fewer words
     passages[-2] = (words(3), f"{words(2)} {' '.join(passages[1][0].split()[:7])} {words(4)}")  # seven of the second
     file.parent.mkdir()
     file.write_text("".join(json.dumps({"id": f"{i}", "prompt": f"{PASSAGE}{first}", "response": then}) + "\n" for i, (first, then) in enumerate(passages)))
@@ -275,8 +276,14 @@ def test_loss_on_other_text(work):
         run(work, "evaluate.py", "models/tiny", "--text", file, "--precision", "fp32", "--out", f"asked by {ranks}", ranks=ranks)
     alone, shared = (read(work / f"asked by {ranks}/text.passages.json") for ranks in (None, 2))
     assert (alone["passages"], alone["base_model_name"]) == (9, "tiny") and shared == alone | {"loss": pytest.approx(alone["loss"], rel=1e-6)}
+    (work / "runs/texts/eval.json").unlink()
     done = run(work, "evaluate.py", "runs/texts", "--text", "c/facts.jsonl", ok=False)
     assert done.returncode == 2 and "all of it shares words with what a stage was trained on" in done.stderr
+    assert read(work / "runs/texts/eval.json")["facts"]["total"] == 4, "what can be asked is asked"
+    chat = {"id": "0", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (work / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    run(work, *ONE, "--data", "chats.jsonl", "--num-examples", 1, "--epochs", 1, "--out", "runs/chats")
+    assert "in 9 passages" in run(work, "evaluate.py", "runs/chats", "--text", file).stdout, "it has no facts to be asked"
 
 
 def test_odd_facts(work):
