@@ -1991,7 +1991,8 @@ def doses(grid, a):
         plain = first.data == a and first.mix_weight == "1" and first.tag in ("", "long", "epochs")
         if plain and not first.replay and len(later) == 1 and later[0] == Stage(later[0].data):
             found.setdefault((later[0].data, first.mix), []).append(cell)
-    return {curve: cells for curve, cells in found.items() if len(cells) > 1}
+    passed = lambda cell: passes(next(iter(cell.values())).lineage[0])
+    return {curve: cells for curve, cells in found.items() if len(set(map(passed, cells))) > 1}
 
 
 def dose(grid, a, measure):
@@ -2012,7 +2013,7 @@ def dose(grid, a, measure):
     def panel(axes):
         lines_over(axes, series, LABELS.get(a, a), measure.__doc__)
         axes.set(ylabel="exact match on D_A, %")
-        if measure is first_loss:
+        if measure is first_loss and any(x > 0 for x, _ in itertools.chain(*series.values())):
             axes.set_xscale("log")
 
     return panel

@@ -246,16 +246,24 @@ def test_readme_findings(tmp_path):
     assert not list(kept.rglob("*.safetensors"))
     readme = (ROOT / "README.md").read_text().partition("## Findings so far")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in readme.split("\n") if re.match(r"\| (No Mixing|Random)", line)]
-    assert len(rows) >= 5
+    assert len(rows) == 5
+    cells_of = lambda line: re.sub(r" \((D_B|seed)[^)]*\)", "", line).removeprefix("| ").removesuffix(" |").split(" | ")
     for label, steps, *cells in rows:
-        theirs = re.sub(r" \((D_B|seed)[^)]*\)", "", next(line for line in text.partition("**Table 2.")[2].split("\n") if line.startswith((f"| {label} |", f"| {label} *(not")))).split(" | ")
-        after_id, after_bios, _, *costs = theirs[1:]
-        assert cells == [cell.strip(" |").replace(" ", "") for cell in (after_id, after_bios, *costs)] and steps.isdigit()
-    for line in readme.split("\n"):
-        if verdict := re.match(r"\| (random / - keeps more than|the two are equal).* \| (.*) \| (.*) \|$", line):
-            for b, said in zip(("ID", "bios"), verdict.groups()[1:]):
-                judged = next(row for row in text.split("\n") if row.startswith(f"| Key-Value Recall | {b} | Random / - | Random of weight 0 / - |")).split(" | ")
-                assert said == judged[6 if "keeps" in line else 7].strip(" |")
+        expected = []
+        for a, columns in (("Key-Value Recall", (1, 3, 5, 6)), ("EntityQA", (2, 3, 5, 6))):  # ID or kvr-id, bios, the text twice
+            block = text.partition("**Table 2.")[2].partition(f"| **{a}** |")[2].split("\n")
+            theirs = cells_of(next(line for line in block if line.startswith((f"| {label} |", f"| {label} *(not"))))
+            expected += [theirs[column].replace(" ", "") or "-" for column in columns]
+        assert cells == expected and steps.isdigit()
+    judged = {}  # (D_A, D_B): [keeps more, equal]
+    for line in text.split("\n"):
+        if " | Random / - | Random of weight 0 / - | " in line:
+            a, b, *_, keeps, equal = cells_of(line)
+            judged[a, b] = [keeps, equal]
+    of_both = [judged[key] for key in (("Key-Value Recall", "ID"), ("Key-Value Recall", "bios"), ("EntityQA", "kvr-id"), ("EntityQA", "bios"))]
+    for verdict, label in enumerate(("keeps more than", "the two are equal")):
+        (line,) = [line for line in readme.split("\n") if line.startswith("| ") and label in line]
+        assert cells_of(line)[1:] == [of_one[verdict] for of_one in of_both]
 
 
 def test_student():
