@@ -1,4 +1,4 @@
-"""Llama and Mistral in plain PyTorch: configuration, layers, safetensors in and out, greedy generation.
+"""Llama, Mistral and Qwen in plain PyTorch: configuration, layers, safetensors in and out, greedy generation.
 
     model = load_model("models/Meta-Llama-3-8B")        # a Hugging Face folder: config.json and safetensors
     logits = model(ids)                                 # (B, T) -> (B, T, V)
@@ -9,7 +9,8 @@
     python model.py MODEL.gguf OUT                      # a Llama GGUF file (or a wheel or zip with one) to such a folder
     python model.py --precision FOLDER                  # prints the precision that is faster here for this model
 
-One class serves Llama 1 to 3.2 and Mistral v0.1 to v0.3: what differs between them is data in config.json.
+One class serves Llama 1 to 3.2, Mistral v0.1 to v0.3, Qwen2, Qwen2.5 and dense Qwen3: what differs between them is data
+in config.json and a row of FAMILIES.
 Modules carry Hugging Face's names, so a checkpoint loads strictly and without a name map.
 
 Axes: B batch, T time, H heads, K key-value heads, D head size, C width (hidden size), V vocabulary, L layers,
@@ -61,6 +62,23 @@ class SaveError(OSError):
 
 
 @dataclass
+class Family:
+    """What a model_type says that its config.json need not."""
+
+    qkv_bias: bool = False  # on the projections of queries, keys and values; no other has one
+    qk_norm: bool = False  # an RMSNorm over each head of queries and keys, before RoPE
+    head_dim: int | None = None  # where config.json names none; None: hidden_size / num_attention_heads
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True, head_dim=128),
+}
+
+
+@dataclass
 class Config:
     """The fields of a Hugging Face config.json that this model reads, under their own names."""
 
@@ -74,8 +92,10 @@ class Config:
     head_dim: int
     rms_norm_eps: float
     rope: dict  # rope_theta, rope_type and, for llama3, its four factors
-    sliding_window: int | None  # Mistral v0.1: a token sees itself and the sliding_window - 1 before it
+    windows: list  # (L,): in block i a token sees itself and the windows[i] - 1 before it; None: all before it
     tie_word_embeddings: bool
+    qkv_bias: bool  # as in Family
+    qk_norm: bool
     raw: dict  # config.json as read, written back by save_model
 
     @classmethod
@@ -92,12 +112,14 @@ class Config:
             return value
 
         def refuse(what):
-            raise CheckpointError(f"{path}: {what} is not implemented; use a plain Llama or Mistral checkpoint")
+            raise CheckpointError(f"{path}: {what} is not implemented; use a plain Llama, Mistral or Qwen checkpoint")
 
-        if raw.get("model_type") not in ("llama", "mistral"):
+        family = FAMILIES.get(raw.get("model_type")) if isinstance(raw.get("model_type"), str) else None
+        if family is None:
             refuse(f"model_type {raw.get('model_type')!r}")
-        for key in ("attention_bias", "mlp_bias", "quantization_config"):
-            if raw.get(key):
+        for key in ("attention_bias", "mlp_bias", "quantization_config", "use_mrope", "dual_chunk_attention_config"):
+            # Of Qwen2 attention_bias says nothing: its biases are always there.
+            if raw.get(key) and not (key == "attention_bias" and family.qkv_bias):
                 refuse(key)
         if raw.get("hidden_act", "silu") != "silu":
             refuse(f"hidden_act {raw['hidden_act']!r}")
@@ -108,6 +130,9 @@ class Config:
             if not isinstance(raw.get(key) or {}, dict):
                 refuse(f"{key} {raw[key]!r}")
             rope |= raw.get(key) or {}
+        for key, value in rope.items():
+            if isinstance(value, dict):  # RoPE of its own for each kind of layer
+                refuse(f"rope_parameters {key!r}")
         rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
         if rope["rope_type"] not in ("default", "llama3"):
             refuse(f"rope_type {rope['rope_type']!r}")
@@ -117,25 +142,49 @@ class Config:
         for key in ["rope_theta"] + stretch * (rope["rope_type"] == "llama3"):
             need(key, rope)
 
-        n_heads = need("num_attention_heads")
+        n_heads, n_layers = need("num_attention_heads"), need("num_hidden_layers")
+        windows = _windows(raw, n_layers, need, refuse)
         config = cls(
             model_type=raw["model_type"],
             vocab_size=need("vocab_size"),
             hidden_size=need("hidden_size"),
             intermediate_size=need("intermediate_size"),
-            num_hidden_layers=need("num_hidden_layers"),
+            num_hidden_layers=n_layers,
             num_attention_heads=n_heads,
             num_key_value_heads=need("num_key_value_heads", default=n_heads),
-            head_dim=need("head_dim", default=need("hidden_size") // n_heads),
+            head_dim=need("head_dim", default=family.head_dim or need("hidden_size") // n_heads),
             rms_norm_eps=need("rms_norm_eps"),
             rope=rope,
-            sliding_window=raw.get("sliding_window", 4096) if raw["model_type"] == "mistral" else None,
+            windows=windows,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
             raw=raw,
         )
         if n_heads % config.num_key_value_heads:
             refuse(f"{n_heads} heads over {config.num_key_value_heads} key-value heads")
         return config
+
+
+def _windows(raw, n_layers, need, refuse):
+    """Config.windows as transformers reads them: Mistral's in every block, Qwen's where use_sliding_window asks for it."""
+    uses = {"llama": False, "mistral": True}.get(raw["model_type"], raw.get("use_sliding_window"))
+    null = "sliding_window" in raw and raw["sliding_window"] is None
+    window = need("sliding_window", default=4096) if uses and not null else None
+    if raw["model_type"] in ("llama", "mistral"):
+        return [window] * n_layers
+    types = raw.get("layer_types")
+    if types is None:
+        first = raw.get("max_window_layers", 28)  # the block from which on they have a window
+        if not isinstance(first, int):
+            refuse(f"max_window_layers {first!r}")
+        types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(n_layers)]
+    if not isinstance(types, list) or len(types) != n_layers:
+        refuse(f"layer_types that is no list of {n_layers}")
+    for kind in types:
+        if kind != "full_attention" and not (kind == "sliding_attention" and window):
+            refuse(f"layer_types {kind!r}{'' if window else ' without use_sliding_window'}")
+    return [window if kind == "sliding_attention" else None for kind in types]
 
 
 # ---------------------------------------------------------------- layers
@@ -293,10 +342,13 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size)
-        self.k_proj = Linear(config.hidden_size, kv_size)
-        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.q_proj = Linear(config.hidden_size, q_size, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, config.qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, cached=None, packed=None):
         """cached: keeps the keys and values of these tokens, and returns those of all tokens that they may see.
@@ -306,8 +358,10 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if packed is not None:
             q, k, v = packed.unpack(q), packed.unpack(k), packed.unpack(v)
-        heads = lambda y: y.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)
-        q, k, v = rotate(heads(q), cos, sin), rotate(heads(k), cos, sin), heads(v)
+        q, k, v = (y.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2) for y in (q, k, v))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cached is not None:
             k, v = cached(k, v)
         y = attend(q, k, v, mask).transpose(1, 2).flatten(2)
@@ -425,9 +479,10 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = self._rope(positions, x.dtype)
-        mask = self._mask(positions, filled)
+        masks = {window: self._mask(positions, filled, window) for window in set(self.config.windows)}
         hidden = [x[asked]] if return_hidden else []
         for i, layer in enumerate(self.model.layers):
+            mask = masks[self.config.windows[i]]
             cached = None if cache is None else functools.partial(cache.add, i, positions, filled)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, cached, packed, use_reentrant=False, preserve_rng_state=False)
@@ -457,10 +512,10 @@ class Transformer(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def _mask(self, positions, slots):
+    def _mask(self, positions, slots, window):
         """Which slots a token sees, (1 or B, 1, T, slots) bool; None where plain causal attention is enough.
 
-        Right padding needs no mask: no real token comes after it. With sliding_window 3:
+        Right padding needs no mask: no real token comes after it. With a window of 3:
 
             token 0   x . . . .
             token 1   x x . . .
@@ -468,7 +523,7 @@ class Transformer(nn.Module):
             token 3   . x x x .
             token 4   . . x x x
         """
-        window = self.config.sliding_window or slots
+        window = window or slots
         if positions.shape[1] == slots <= window:
             return None
         behind = positions[:, None, :, None] - torch.arange(slots, device=positions.device)
@@ -889,7 +944,7 @@ def weights_dtype(path):
     """The type in which a folder stores its weights."""
     file = _tensor_files(Path(path)).get("model.embed_tokens.weight")
     if file is None:
-        raise CheckpointError(f"{path}: no tensor model.embed_tokens.weight: not a Llama or Mistral checkpoint")
+        raise CheckpointError(f"{path}: no tensor model.embed_tokens.weight: not a Llama, Mistral or Qwen checkpoint")
     with _open_shard(file) as shard:
         return FLOAT_TYPES.get(shard.get_slice("model.embed_tokens.weight").get_dtype(), torch.bfloat16)
 

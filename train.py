@@ -82,6 +82,7 @@ from model import (
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
+OTHER_LEARNING_RATE = 5e-5  # of families that are not in the paper
 STOP_HITS = 10  # consecutive steps below --stop-loss that end a stage
 WARMUP = 0.05  # share of all steps
 MICRO_TOKENS = {"cuda": 16384, "cpu": 1024}  # of a micro-batch, unless told otherwise
@@ -120,7 +121,8 @@ def parse_args(words=None):
         "setting, such as lr, tells each of its values apart")  # fmt: skip
     # how
     add("--seed", type=int, default=0, help="seed of the training order")
-    add("--lr", type=float, help="peak learning rate (default: 5e-5 for Llama, 1e-5 for Mistral)")
+    add("--lr", type=float, help="peak learning rate (default: 1e-5 for Mistral, 5e-5 for Llama and for families that "
+        "are not in the paper)")  # fmt: skip
     add("--batch-size", type=int, default=32, help="examples a step, over all ranks")
     add("--epochs", type=epochs, default=20, metavar="N",
         help="most passes over the data; @RUN, a finished run's folder, for as many as make its steps")  # fmt: skip
@@ -369,7 +371,7 @@ def main(penalty=None):
             if turn == first:
                 examples, counts = encode_stage(args, lineage, tokenizer)
                 earlier = stage_sets(lineage, args.data_dir)
-    args.lr = args.lr or LEARNING_RATES[config.model_type]
+    args.lr = args.lr or LEARNING_RATES.get(config.model_type, OTHER_LEARNING_RATE)
     args.equal_weight = args.mix_weight == "equal"
     args.mix_weight = resolve_mix_weight(args.mix_weight, examples)
     args.epochs, args.step_matched = resolve_epochs(args.epochs, len(examples), args.batch_size)
@@ -1099,6 +1101,8 @@ def activations_of_block(config, size, gpu, tokens, padded):
     # Both norms' input in fp32, their quotient and their output; the output projection's input and four of the MLP.
     token = 2 * config.hidden_size * (4 + 2 * size) + size * (queries + 4 * config.intermediate_size)
     attended = size * (queries * (1 + gpu) + 2 * keys)  # q, k, v, on a GPU the attention's output
+    if config.qk_norm:
+        attended += (queries + keys) * (4 + 2 * size)  # their norms keep what Block's do
     return tokens * token + padded * attended
 
 

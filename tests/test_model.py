@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import model as model_py
 from model import CausalAttention, CheckpointError, Packed, load_model, save_model
 
-TINY = ["llama3", "llama2", "mistral", "llama32"]
+TINY = ["llama3", "llama2", "mistral", "llama32", "qwen2", "qwen3"]
 PROMPTS = [[1, 5, 9], [7] * 30 + [8, 3], [2], list(range(40, 60))]  # two of them longer than the Mistral's window of 16
 
 
@@ -256,7 +256,7 @@ def test_save_and_load_give_the_same_bits(name, dtype, tmp_path, monkeypatch):
         again = load_model(tmp_path, dtype)
         assert model.state_dict().keys() == again.state_dict().keys()
         assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
-        assert again.config.rope == model.config.rope and again.config.sliding_window == model.config.sliding_window
+        assert again.config.rope == model.config.rope and again.config.windows == model.config.windows
 
 
 def test_what_other_releases_leave_in_a_folder_is_harmless(tmp_path):
@@ -326,7 +326,7 @@ DAMAGE = {  # what happened: (to which model, how, what the message names)
     "config a list": ("llama2", lambda folder: (folder / "config.json").write_text("[]"), ["config.json"]),
     "no hidden size": ("llama2", in_json("config.json", lambda config: config.pop("hidden_size")), ["config.json", "hidden_size"]),
     "text for a number": ("llama2", in_config(vocab_size="128"), ["config.json", "vocab_size", "'128'"]),
-    "other architecture": ("llama2", in_config(model_type="qwen2"), ["config.json", "qwen2"]),
+    "other architecture": ("llama2", in_config(model_type="qwen2_moe"), ["config.json", "qwen2_moe"]),
     "unknown RoPE": ("llama3", in_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["config.json", "yarn"]),
     "old RoPE": ("llama2", in_config(rope_scaling={"type": "linear", "factor": 2.0}), ["config.json", "linear"]),
     "RoPE without factor": ("llama3", in_config(rope_scaling={"rope_type": "llama3"}), ["config.json", "factor"]),

@@ -4,8 +4,8 @@
 
 Run by hand, where transformers is installed (last: transformers 5.23, torch 2.13); the tests only read what it wrote here:
 
-    llama3/ llama2/ mistral/ llama32/    a model folder each, with its logits in golden.safetensors
-    smollm2.safetensors                  logits of the demo's model, read by transformers from the GGUF file itself
+    llama3/ llama2/ mistral/ llama32/ qwen2/ qwen3/    a model folder each, with its logits in golden.safetensors
+    smollm2.safetensors                                logits of the demo's model, read by transformers from the GGUF file itself
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 GOLDEN = Path(__file__).parent
 POSITIONS = [0, 1, 255, 256, 3998, 3999, 4000, 4001, 4099]  # of a text of 4,100 tokens
@@ -25,6 +25,7 @@ SIZES = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_la
              initializer_range=0.3, bos_token_id=1, eos_token_id=2)  # fmt: skip
 LLAMA3_ROPE = dict(rope_theta=500000.0, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=512)  # fmt: skip
+QWEN_ROPE = dict(rope_theta=1000000.0, rope_type="default")
 
 MODELS = {
     "llama3": LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, rope_parameters=LLAMA3_ROPE),
@@ -32,27 +33,34 @@ MODELS = {
     "mistral": MistralConfig(**SIZES | {"num_hidden_layers": 3}, num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=16),
     "llama32": LlamaConfig(**SIZES, num_attention_heads=8, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, rms_norm_eps=1e-5,
                            rope_parameters=LLAMA3_ROPE | {"factor": 32.0}),
+    # The last block alone has a window, as max_window_layers says.
+    "qwen2": Qwen2Config(**SIZES | {"num_hidden_layers": 3}, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                         use_sliding_window=True, sliding_window=16, max_window_layers=2, rope_parameters=QWEN_ROPE),
+    "qwen3": Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=24, rope_parameters=QWEN_ROPE),
 }  # fmt: skip
 
 
 def make_folder(name, config):
-    """Save a random model; llama3 comes in shards and with the config.json of transformers 4, llama2 with that of 2023."""
+    """Save a random model; llama3 comes in shards and with the config.json of transformers 4, as qwen2, llama2 with that of 2023."""
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)
     model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
+    for name_, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)  # the norms' weights, or else all ones
+            torch.nn.init.normal_(parameter, mean="norm" in name_, std=0.3)  # or else a norm's weights are ones, a bias 0
     model.save_pretrained(folder, max_shard_size="50KB" if name == "llama3" else "1GB")
     (folder / "generation_config.json").unlink()
-    if name in ("llama3", "llama2"):
+    if name in ("llama3", "llama2", "qwen2"):
         raw = json.loads((folder / "config.json").read_text())
         rope = raw.pop("rope_parameters")
         raw |= {"torch_dtype": raw.pop("dtype")}
         if name == "llama3":
             raw |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-        else:
+        elif name == "llama2":
             del raw["head_dim"]
+        else:
+            raw |= {"rope_theta": rope["rope_theta"]}
+            del raw["layer_types"]
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     return folder
 
@@ -104,12 +112,14 @@ def make_smollm2(gguf, folder, text):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=MODELS, help="the folders to make anew (default: all)")
     parser.add_argument("--gguf", type=Path, help="the GGUF file the demo's model is made from")
     parser.add_argument("--smollm2", type=Path, help="the folder the demo makes of it")
     parser.add_argument("--text", type=Path, help="a plain English text of over 4,100 tokens (here: the GNU GPL, version 3)")
     args = parser.parse_args()
     for i, (name, config) in enumerate(MODELS.items()):
         torch.manual_seed(i)
-        make_golden(name, config)
+        if name in args.only:
+            make_golden(name, config)
     if args.gguf:
         make_smollm2(args.gguf, args.smollm2, args.text)
