@@ -207,38 +207,32 @@ def path_from(folder, stored):
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3_SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's after every digit was set apart: a space never joins a digit, and white space before a digit ends a piece.
-GPT2_DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 LLAMA3_CONTROL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the first two of 256 control tokens behind the text's tokens
 LLAMA3_N_CONTROL = 256
+TOKENIZER_REMEDY = "copy the model's tokenizer files there"
 
 
-class BPETokenizer:
-    """Byte-level BPE through tiktoken. ranks: {bytes: id}, all the texts' tokens; control tokens have the other ids."""
+class TiktokenTokenizer:
+    """Llama 3's tokenizer.model, byte-level BPE through tiktoken. ranks: {bytes: id}, all the texts' tokens."""
 
-    def __init__(self, ranks, pattern, vocab_size, bos_id, eos_id, unreachable=()):
+    def __init__(self, ranks):
         import regex
         import tiktoken
 
-        usable = {token: i for token, i in ranks.items() if token not in unreachable}
-        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=usable, special_tokens={})
+        self._bpe = tiktoken.Encoding("bpe", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
         self._bytes = {i: token for token, i in ranks.items()}
-        self._pieces = regex.compile(pattern)
-        self._missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
-        self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
+        self._pieces = regex.compile(LLAMA3_PATTERN)
+        self.vocab_size = len(ranks) + LLAMA3_N_CONTROL
+        self.bos_id, self.eos_id = (len(ranks) + i for i in range(len(LLAMA3_CONTROL)))
 
     def encode(self, text, continues=False):
-        """Ids of a plain text, as the reference tokenizer gives them without special tokens."""
+        """Ids of a plain text, the same at the beginning of a text and behind other text."""
         text = _without_surrogates(text)
-        known = lambda piece: piece.encode("utf-8").translate(None, self._missing)
-        if len(text) < 900_000 and known(text) == text.encode("utf-8"):
+        if len(text) < 900_000:
             return self._bpe.encode_ordinary(text)
-        # tiktoken's regex gives up on a run of a million spaces, and SmolLM2 has no token for some bytes (six control
-        # characters, unassigned planes). The reference drops those from each piece; what stands around them may merge.
-        pieces = [known(match.group()) for match in self._pieces.finditer(text)]
-        return [i for piece in pieces if piece for i in self._bpe._encode_single_piece(piece)]
+        # tiktoken's regex gives up on a run of a million spaces.
+        pieces = [match.group().encode("utf-8") for match in self._pieces.finditer(text)]
+        return [i for piece in pieces for i in self._bpe._encode_single_piece(piece)]
 
     def decode(self, ids):
         """Text of ids; control tokens have none."""
@@ -257,7 +251,7 @@ class SentencePieceTokenizer:
         self.vocab_size, self.bos_id, self.eos_id = self._sp.vocab_size(), self._sp.bos_id(), self._sp.eos_id()
         self._newline = self._sp.encode("\n")
         if self._sp.id_to_piece(self._newline)[-1:] != ["<0x0A>"] or min(self.bos_id, self.eos_id) < 0:
-            raise DataError(f"{path}: not a Llama or Mistral tokenizer (no byte tokens, bos or eos); use the model's own file")
+            raise DataError(f"{path}: not a Llama or Mistral tokenizer (no byte tokens, bos or eos); use the model's own file, or its tokenizer.json")
 
     def encode(self, text, continues=False):
         """Ids of a plain text; SentencePiece begins it with a space, unless it follows a control token or other text."""
@@ -272,21 +266,160 @@ class SentencePieceTokenizer:
         return self._sp.decode(list(ids))
 
 
+class HubTokenizer:
+    """tokenizer.json through the tokenizers library, whose ids are right by definition; tokenizer_config.json beside it
+    names bos, if the model has one, and eos."""
+
+    def __init__(self, path):
+        from tokenizers import Tokenizer
+
+        self._whole = _open_tokenizer(path)
+        self.bos_id, self.eos_id = _control_ids(path, self._whole)
+        self._inside = self._whole
+        if _begins_with_space(self._whole):
+            spec = json.loads(self._whole.to_str())
+            for part in ("normalizer", "pre_tokenizer"):
+                spec[part] = _without_space(spec[part])
+            self._inside = Tokenizer.from_str(json.dumps(spec))
+        for tokenizer in (self._whole, self._inside):
+            tokenizer.encode_special_tokens = True  # a control token's name in a text is text
+        if _begins_with_space(self._inside):
+            raise DataError(f"{path}: what it puts before a text cannot be left out behind other text; use another model")
+        # Their names, then every byte of UTF-8: a vocabulary without one may have eos for what is unknown.
+        control = [i for i in (self.bos_id, self.eos_id) if i is not None]
+        probe = [*map(self._whole.id_to_token, control), *map(chr, range(0x800)), *map(chr, range(0x800, 0x110000, 0x800))]
+        if not set(control).isdisjoint(self.encode("".join(probe))):
+            raise DataError(f"{path}: some plain text gives its bos or eos token; use the model's own file")
+
+    @functools.cached_property
+    def vocab_size(self):
+        """The largest id and one more."""
+        return 1 + max(self._whole.get_vocab().values())
+
+    def encode(self, text, continues=False):
+        """Ids of a plain text; some tokenizers begin it with a space, unless it follows a control token or other text."""
+        tokenizer = self._inside if continues else self._whole
+        return tokenizer.encode(_without_surrogates(text), add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Text of ids; control tokens have none."""
+        return self._whole.decode(ids, skip_special_tokens=True)
+
+    def adds_space_behind_bos(self):
+        """Whether the library reads bos and a text, written as one, as bos and what encode makes of the text, if it adds
+        a space at all."""
+        if self._inside is self._whole or self.bos_id is None:
+            return True
+        self._whole.encode_special_tokens = False
+        written = self._whole.encode(self._whole.id_to_token(self.bos_id) + "a", add_special_tokens=False).ids
+        self._whole.encode_special_tokens = True
+        return written == [self.bos_id, *self.encode("a")]
+
+
+def _open_tokenizer(path):
+    """The tokenizers library's Tokenizer of a tokenizer.json, which neither cuts nor pads."""
+    from tokenizers import Tokenizer
+
+    content = read_file(path, TOKENIZER_REMEDY)
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # whatever the library stumbles over
+        _read_json(path)  # which says so where it is not JSON at all
+        raise DataError(f"{path}: not a tokenizer that the tokenizers library reads ({error}); {TOKENIZER_REMEDY}") from None
+    if getattr(tokenizer.model, "dropout", None):
+        raise DataError(f"{path}: dropout, by which a text has other ids each time, is not implemented; set it to null")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _control_ids(path, tokenizer):
+    """(id of bos, or None; id of eos) as the files beside a tokenizer.json name them; their names become control tokens.
+
+    special_tokens_map.json says what tokenizer_config.json does not, as in transformers.
+    """
+    config_path, older = path.with_name("tokenizer_config.json"), path.with_name("special_tokens_map.json")
+    config = _read_json(config_path)
+    named = _read_json(older) if older.exists() else {}
+    ids = []
+    for key in ("bos_token", "eos_token"):
+        token = config.get(key) or named.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None and key == "bos_token":
+            ids.append(None)
+            continue
+        found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if found is None:
+            raise DataError(f"{config_path}: {key} {token!r} is not in {path.name}; copy both from one model")
+        added = tokenizer.get_added_tokens_decoder().get(found)
+        if added is None or not added.special:
+            tokenizer.add_special_tokens([token])
+        ids.append(found)
+    return ids
+
+
+def _begins_with_space(tokenizer):
+    """Whether a tokenizer reads more than "a" in the text "a"."""
+    text = "a"
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is not None:
+        text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    return text != "a"
+
+
+def _without_space(step):
+    """A tokenizer.json's normalizer or pre-tokenizer as it is behind other text: without a space of its own in front."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Metaspace":
+        return step | {"prepend_scheme": "never"}
+    if step["type"] == "ByteLevel":
+        return step | {"add_prefix_space": False}
+    for parts in ("normalizers", "pretokenizers"):  # of a Sequence
+        if parts in step:
+            step = step | {parts: list(filter(None, map(_without_space, step[parts])))}
+    return step
+
+
 def _without_surrogates(text):
     """The text with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
     return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 
 def load_tokenizer(path):
-    """The tokenizer of a checkpoint folder: tiktoken or SentencePiece tokenizer.model, or byte-level BPE tokenizer.json."""
+    """The tokenizer of a checkpoint folder.
+
+    tokenizer.json is taken where tokenizer_config.json stands beside it: transformers and servers read it, and what a
+    fine-tuned model has added stands in it alone. Otherwise it is tokenizer.model, tiktoken's or SentencePiece's, which
+    needs no other file, there or in original/. Where both are there and give a text other ids, a warning says so.
+    """
     path = Path(path)
-    if (path / "tokenizer.model").exists():
-        return _load_tokenizer_model(path / "tokenizer.model")
-    if (path / "tokenizer.json").exists():
-        return _load_tokenizer_json(path / "tokenizer.json")
-    if (path / "original" / "tokenizer.model").exists():
-        return _load_tokenizer_model(path / "original" / "tokenizer.model")
-    raise DataError(f"{path}: no tokenizer.model or tokenizer.json; copy the model's tokenizer files there")
+    spec, models = path / "tokenizer.json", [path / "tokenizer.model", path / "original" / "tokenizer.model"]
+    model = next(filter(Path.exists, models), None)
+    if spec.exists() and (model is None or (path / "tokenizer_config.json").exists()):
+        tokenizer = HubTokenizer(spec)
+        if model is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            warn_of_difference(tokenizer, spec, model)
+        return tokenizer
+    if model is None:
+        raise DataError(f"{path}: no tokenizer.model or tokenizer.json; {TOKENIZER_REMEDY}")
+    return _load_tokenizer_model(model)
+
+
+PROBE = "The key e6395973, in 1996:\n\n  don't  \tGröße naïve, Ёж 你好。 हिन्दी 🙂 $\\frac{1}{2}$ def f(x):\r\n        return x**2"
+
+
+def warn_of_difference(tokenizer, spec, model):
+    """Say where a folder's two tokenizer files do not agree."""
+    try:
+        agree = _load_tokenizer_model(model).encode(PROBE) == tokenizer.encode(PROBE)
+    except DataError as error:
+        print(f"{error}; {spec.name} is taken", file=sys.stderr)
+        return
+    if not agree:
+        print(f"{model}: gives a text other ids than {spec.name}, which is taken; remove the one that is not the model's",
+              file=sys.stderr)  # fmt: skip
 
 
 def _load_tokenizer_model(path):
@@ -296,101 +429,13 @@ def _load_tokenizer_model(path):
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
         return SentencePieceTokenizer(path)
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+    whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
+    if not whole:
         raise DataError(f"{path}: truncated or damaged tiktoken file; copy it again")
-    bos_id, eos_id = (len(ranks) + i for i in range(len(LLAMA3_CONTROL)))
-    return BPETokenizer(ranks, LLAMA3_PATTERN, len(ranks) + LLAMA3_N_CONTROL, bos_id, eos_id)
+    return TiktokenTokenizer(ranks)
 
 
-def _load_tokenizer_json(path):
-    def refuse(what):
-        raise DataError(f"{path}: {what} is not implemented; only byte-level BPE as in Llama 3 and SmolLM2 is")
-
-    spec = _read_json(path)
-    model = spec.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback") or not model.get("vocab") or not model.get("merges"):
-        refuse(f"a tokenizer of type {model.get('type')} without byte-level merges")
-    for what in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(what):
-            refuse(what)
-    if spec.get("normalizer"):
-        refuse(f"normalizer {spec['normalizer'].get('type')}")
-    steps = spec.get("pre_tokenizer") or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    kinds = [step.get("type") for step in steps]
-    if kinds[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space"):
-        refuse(f"pre-tokenizer {kinds}")
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        pattern = GPT2_PATTERN
-    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        pattern = GPT2_DIGITS_PATTERN
-    elif steps[:-1] == [LLAMA3_SPLIT] and not steps[1].get("use_regex", True):
-        pattern = LLAMA3_PATTERN
-    else:
-        refuse(f"pre-tokenizer {kinds} with these options")
-
-    added = {}
-    for token in spec.get("added_tokens") or []:
-        if not token.get("special"):
-            refuse(f"added token {token['content']!r} that is not special")
-        added[token["content"]] = token["id"]
-    to_byte = _byte_alphabet()
-    try:
-        spelled = {token: bytes(to_byte[c] for c in token) for token in model["vocab"] if token not in added}
-        merges = [(spelled[a], spelled[b]) for a, b in (m.split(" ") if isinstance(m, str) else m for m in model["merges"])]
-    except (KeyError, ValueError) as error:
-        refuse(f"a vocabulary or merge beyond the byte alphabet ({error})")
-    ranks = {spelled[token]: model["vocab"][token] for token in spelled}
-    if model.get("unk_token") and sum(len(token) == 1 for token in ranks) < 256:
-        refuse("unk_token for bytes that have no token")
-    made = [ranks.get(a + b, -1) for a, b in merges]
-    if any(x > y for x, y in zip(made, made[1:])):
-        refuse("a vocabulary that is not in the order of its merges")
-    order = {pair: i for i, pair in reversed(list(enumerate(merges)))}
-    if model.get("ignore_merges"):
-        for token in ranks:
-            for cut in range(1, len(token)):
-                if token[:cut] in ranks and token[cut:] in ranks and (token[:cut], token[cut:]) not in order:
-                    refuse("ignore_merges with missing merges")
-        unreachable = ()
-    else:
-        # tiktoken takes any token that is in its table. Without those that the merges cannot make, both agree on every text:
-        # inside a token that the merges do make, they pass through the same steps whatever stands around it.
-        unreachable = {token for token in ranks if len(token) > 1 and _merge(token, order) != [token]}
-
-    config = _read_json(path.with_name("tokenizer_config.json"))
-    control = {}
-    for key in ("bos_token", "eos_token"):
-        token = config.get(key)
-        token = token["content"] if isinstance(token, dict) else token
-        control[key] = added.get(token, model["vocab"].get(token))
-        if control[key] is None:
-            raise DataError(f"{path.with_name('tokenizer_config.json')}: {key} {token!r} is not in {path.name}; copy both from one model")
-    vocab_size = 1 + max(*model["vocab"].values(), *added.values())
-    return BPETokenizer(ranks, pattern, vocab_size, control["bos_token"], control["eos_token"], unreachable)
-
-
-def _byte_alphabet():
-    """{printable character: byte}: the way in which byte-level BPE files spell bytes (GPT-2, encoder.py)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _merge(token, order):
-    """BPE as the merges define it: join the pair of lowest order, leftmost first, until none is left."""
-    parts, last = [token[i : i + 1] for i in range(len(token))], len(order)
-    while len(parts) > 1:
-        ranks = [order.get(pair, last) for pair in zip(parts, parts[1:])]
-        rank = min(ranks)
-        if rank == last:
-            break
-        i = ranks.index(rank)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def _read_json(path, remedy="copy the model's tokenizer files there"):
+def _read_json(path, remedy=TOKENIZER_REMEDY):
     content = read_file(path, remedy)
     try:
         value = json.loads(content)
@@ -422,13 +467,14 @@ def copy_tokenizer(source, target, template):
 def chat_template(tokenizer, path):
     """encode_example's template for the tokenizer of a folder, as transformers and servers read it (jinja).
 
-    SentencePiece begins a text with a space, behind bos too. transformers does so in a chat only where the tokenizer's
-    settings say legacy, and then before each turn: one turn has the ids of training, several have not.
+    Llama 2 and Mistral begin a text with a space, behind bos too. transformers does so in a chat only where the
+    tokenizer's settings say legacy, and then before each turn: one turn has the ids of training, several have not.
     """
     config = Path(path) / "tokenizer_config.json"
-    if isinstance(tokenizer, SentencePieceTokenizer) and config.exists() and _read_json(config).get("legacy") is False:
-        return CHAT_TEMPLATE.replace("bos_token or ''", "bos_token + ' '")
-    return CHAT_TEMPLATE
+    bare = isinstance(tokenizer, HubTokenizer) and not tokenizer.adds_space_behind_bos()
+    if isinstance(tokenizer, SentencePieceTokenizer) and config.exists():
+        bare = _read_json(config).get("legacy") is False
+    return CHAT_TEMPLATE.replace("bos_token or ''", "bos_token + ' '") if bare else CHAT_TEMPLATE
 
 
 CHAT_TEMPLATE = """\
@@ -448,17 +494,28 @@ CHAT_TEMPLATE = """\
 """
 
 
+def start_ids(tokenizer):
+    """What a text begins with: bos, or nothing where the model has none (Qwen)."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+def spelled(tokenizer, answer):
+    """A right answer as a model can write it: a normalizer may have composed its characters, a vocabulary lack some."""
+    return tokenizer.decode(tokenizer.encode(answer, continues=True))
+
+
 def encode_example(tokenizer, example, max_length=2048):
-    """(ids, labels) of an example: bos, then each turn in the Tulu v2 template, cut at max_length.
+    """(ids, labels) of an example: bos, if any, then each turn in the Tulu v2 template, cut at max_length.
 
     labels are the ids where the answer and its eos stand, -100 on everything else. Prompt and answer are encoded apart,
     so that what a model is asked later is exactly what it was trained on.
     """
-    ids, labels = [tokenizer.bos_id], [-100]
+    ids = start_ids(tokenizer)
+    labels = [-100] * len(ids)
     told = system(example)
     before = "" if told is None else f"<|system|>\n{told}\n"
-    for prompt, response in turns(example):
-        asked = tokenizer.encode(f"{before}<|user|>\n{prompt}\n<|assistant|>\n", continues=len(ids) > 1)
+    for turn, (prompt, response) in enumerate(turns(example)):
+        asked = tokenizer.encode(f"{before}<|user|>\n{prompt}\n<|assistant|>\n", continues=turn > 0)
         answer = tokenizer.encode(response, continues=True) + [tokenizer.eos_id]
         ids += asked + answer
         labels += [-100] * len(asked) + answer

@@ -29,6 +29,7 @@ import os
 import random
 import statistics
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,8 @@ import torch.distributed as dist
 from data import (
     DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, BaseModel, DataError, Parser, at_hand, encode_example,
     end_on_signals, flat_file, is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap,
-    path_from, progress_bar, relative_path, resolve, set_label, slice_size, split_file, split_files, stage_facts,
-    stage_set, subjects_of, write_file, write_flat,
+    path_from, progress_bar, relative_path, resolve, set_label, slice_size, spelled, split_file, split_files,
+    stage_facts, stage_set, start_ids, subjects_of, write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -54,9 +55,8 @@ MOST = 2000  # facts of a set that no stage learned, unless told otherwise: the 
 
 def check_vocabulary(tokenizer, config, path):
     """A DataError unless every id of the tokenizer is a row of the model's embedding."""
-    largest = max(tokenizer.vocab_size - 1, tokenizer.bos_id, tokenizer.eos_id)
-    if largest >= config.vocab_size or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise DataError(f"{path}: its tokenizer has ids up to {largest} "
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(f"{path}: its tokenizer has ids up to {tokenizer.vocab_size - 1} "
                         f"(bos {tokenizer.bos_id}, eos {tokenizer.eos_id}), its model's vocabulary "
                         f"{config.vocab_size}; copy both from one model")  # fmt: skip
 
@@ -68,14 +68,15 @@ def predict(model, tokenizer, examples, progress=False, finish=True):
     finish: also what can no longer be right is written to its end.
     """
     prompts, answers, most = questions(tokenizer, examples)
-    responses = None if finish else [example["response"] for example in examples]
+    responses = None if finish else [spelled(tokenizer, example["response"]) for example in examples]
     return ask(model, tokenizer, prompts, most, tokenizer.eos_id, progress, answers, responses)
 
 
 def exact_matches(model, tokenizer, examples):
     """For each example whether its greedy answer is correct; called as predict is, and sooner done."""
     answers = predict(model, tokenizer, examples, finish=False)
-    return [is_correct(answer, example["response"]) for answer, example in zip(answers, examples)]
+    rights = [spelled(tokenizer, example["response"]) for example in examples]
+    return list(map(is_correct, answers, rights))
 
 
 def questions(tokenizer, examples):
@@ -94,7 +95,7 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
 
     ends: the id or ids that end one.
     drafts: the likeliest answers, which only save time (see Transformer.generate).
-    responses: the right texts; a continuation that can no longer be its prompt's breaks off.
+    responses: the right texts as spelled; a continuation that can no longer be its prompt's breaks off.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prefix_len = common_prefix_len(prompts)
@@ -237,7 +238,7 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0, base_model=None):
         rows, answers = [], predict(model, tokenizer, asked.facts, progress=True)
         for fact, answer in zip(asked.facts, answers):
             rows.append({"id": fact["id"], "prompt": fact["prompt"], "response": fact["response"], "prediction": answer,
-                         "correct": is_correct(answer, fact["response"])})  # fmt: skip
+                         "correct": is_correct(answer, spelled(tokenizer, fact["response"]))})  # fmt: skip
         correct = sum(row["correct"] for row in rows)
         results[asked.name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows),
                                "of": asked.of, "precision": precision, "data": asked.data,
@@ -308,14 +309,14 @@ def word_runs(text):
 
 
 def text_loss(model, tokenizer, texts):
-    """(mean loss of a token in nats, how many tokens) of texts, each by itself behind bos; under
+    """(mean loss of a token in nats, how many tokens) of texts, each by itself behind bos, if any; under
     torch.distributed every rank calls it with the same texts."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = model.model.embed_tokens.weight.device
     # Each rank holds all weights and sums over its own texts, so the ranks meet in their sums alone.
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for text in texts[rank::world]:  # one at a time: the longest may fill a GPU
-        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)][:MAX_TOKENS]], device=device)
+        ids = torch.tensor([[*start_ids(tokenizer), *tokenizer.encode(text)][:MAX_TOKENS]], device=device)
         labels = ids.clone()
         labels[:, 0] = -100  # nothing predicts a first token
         with torch.no_grad():
@@ -429,7 +430,7 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     stride = 2 * BATCH * dist.get_world_size()
     for start in range(len(answers), len(facts), stride):
         chunk = facts[start : start + stride]
-        prompts = [[tokenizer.bos_id, *tokenizer.encode(shown + fact["prompt"])] for fact in chunk]
+        prompts = [[*start_ids(tokenizer), *tokenizer.encode(shown + fact["prompt"])] for fact in chunk]
         texts = ask(model, tokenizer, prompts, longest + 2, line_ends | {tokenizer.eos_id})
         new = [text.strip().partition("\n")[0].strip() for text in texts]
         answers += new
@@ -439,7 +440,9 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
         bar.update(len(chunk))
     bar.close()
 
-    known = [any(is_correct(answer, right) for right in rights) for answer, rights in zip(answers, accepted)]
+    known = []
+    for answer, rights in zip(answers, accepted):
+        known.append(any(is_correct(answer, spelled(tokenizer, right)) for right in rights))
     for kind in target:
         rows = [(fact, answer) for fact, answer, k in zip(facts, answers, known) if k == (kind == "familiar")]
         if rank == 0:
@@ -861,12 +864,14 @@ def lost_facts(now, then, later):
     now: the run's; then: of the stage that learned it (None: all count as right); later: of later stages' sets.
     """
     were_right = [row["correct"] for row in then] if then else [True] * len(now)
-    of_later, of_set = ({folded(row["response"]) for row in rows} for rows in (later, now))
+    # A tokenizer may have composed its answers' characters (NFC).
+    comparable = lambda text: folded(unicodedata.normalize("NFC", text))
+    of_later, of_set = ({comparable(row["response"]) for row in rows} for rows in (later, now))
     lost = []
     for place, (row, was_right) in enumerate(zip(now, were_right)):
         if row["correct"] or not was_right:
             continue
-        said, right = folded(row["prediction"]), folded(row["response"])
+        said, right = comparable(row["prediction"]), comparable(row["response"])
         fits = [said in of_later, said in of_set, is_near(said, right), True]
         lost.append(Lost(place, row["prompt"], row["response"], row["prediction"], IN_PLACE[fits.index(True)]))
     return lost

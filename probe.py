@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from data import (
     DEFAULT_WORDS, DataError, Parser, encode, end_on_signals, load_examples, load_tokenizer, progress_bar,
-    relative_path, resolve, set_label, stage_set,
+    relative_path, resolve, set_label, spelled, stage_set,
 )
 from evaluate import (
     MOST, Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
@@ -233,6 +233,7 @@ def read_layers(model, tokenizer, facts, first_token=False):
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prompts, drafts, most = questions(tokenizer, facts)
+    rights = [spelled(tokenizer, fact["response"]) for fact in facts]
     prefix_len = common_prefix_len(prompts)
     answers = [draft[: 1 if first_token else -1] for draft in drafts]
     others = shuffled_answers(answers)
@@ -245,11 +246,11 @@ def read_layers(model, tokenizer, facts, first_token=False):
     for first in progress_bar(range(0, len(by_length[::world]), ASKED), desc="lens", disable=rank > 0):
         group = by_length[rank::world][first : first + ASKED]
         # The same pass over prompts and answers tells what the model answers and what each layer holds on the way.
-        stop = lambda k, ids, group=group: is_wrong(tokenizer.decode(ids), facts[group[k]]["response"])
+        stop = lambda k, ids, group=group: is_wrong(tokenizer.decode(ids), rights[group[k]])
         asked, guesses = [prompts[i] for i in group], [drafts[i] for i in group]
         new, hidden = model.generate(asked, most, tokenizer.eos_id, guesses, stop, prefix_len, return_hidden=True)
         for i, ids in zip(group, new):
-            correct[i] = is_correct(tokenizer.decode(ids), facts[i]["response"])
+            correct[i] = is_correct(tokenizer.decode(ids), rights[i])
         # hidden has a row for each token of each draft, eos included, and one for what follows it.
         begin = [0, *itertools.accumulate(len(drafts[i]) + 1 for i in group)]
         rows = [b + j for b, i in zip(begin, group) for j in range(len(answers[i]))]

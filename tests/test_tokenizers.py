@@ -1,170 +1,197 @@
 """load_tokenizer against the reference libraries, whose ids lie in golden/tokens.json, and the template against its parts."""
 
-import base64
 import json
 import shutil
+import unicodedata
 
 import jinja2
 import pytest
-from conftest import GOLDEN
+import sentencepiece
+from conftest import GOLDEN, hub_tokenizer
+from tokenizers import Tokenizer, models
 
-from data import DataError, chat_template, encode_example, load_tokenizer
+import data
+from data import DataError, chat_template, encode_example, load_tokenizer, spelled
 from evaluate import is_correct, is_wrong
 
-NAMES = ["llama3", "mistral", "smollm2"]
 ROWS = json.loads((GOLDEN / "tokens.json").read_bytes())
 CHATS = json.loads((GOLDEN / "chats.json").read_bytes())
-CONTROL = {"llama3": ("<|begin_of_text|>", "<|end_of_text|>"), "mistral": ("<s>", "</s>"), "smollm2": ("<|im_start|>", "<|im_end|>")}
+CONTROL = {"llama3": ("<|begin_of_text|>", "<|end_of_text|>"), "mistral": ("<s>", "</s>"), "smollm2": ("<|im_start|>", "<|im_end|>"),
+           "qwen3": (None, "<|im_end|>")}  # fmt: skip
+PUBLISHED = {  # (vocabulary, bos, eos) of config.json or tokenizer_config.json
+    "llama3": (128256, 128000, 128001), "llama3_1": (128256, 128000, 128009), "mistral": (32768, 1, 2),
+    "mistral_prepend": (32768, 1, 2), "mistral_first": (32768, 1, 2), "smollm2": (49152, 1, 2), "qwen3": (151669, None, 151645),
+    "gemma3": (262145, 2, 106), "deepseek_v3": (128815, 0, 1),
+}  # fmt: skip
+GOLDEN_OF = {"llama3_1": "llama3", "mistral_prepend": "mistral", "mistral_first": "mistral"}  # whose ids another form has
+
+
+def mistral_json(folder, target, style):
+    """Mistral's tokenizer.model as tokenizer.json: what writes the space before a text is a normalizer, or Metaspace."""
+    model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    plain = {piece: i for i, piece in enumerate(pieces) if not (model.is_byte(i) or model.is_control(i) or model.is_unknown(i))}
+    merges = []
+    for piece, i in plain.items():
+        cuts = [(piece[:n], piece[n:]) for n in range(1, len(piece)) if piece[:n] in plain and piece[n:] in plain]
+        merges += [(i, plain[left], plain[right]) for left, right in cuts]  # the best piece has the first id
+    bpe = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": dict(zip(pieces, range(len(pieces)))),
+           "merges": [[pieces[left], pieces[right]] for _, left, right in sorted(merges)]}  # fmt: skip
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    decoders = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]  # fmt: skip
+    spec = {
+        "added_tokens": [{"id": i, "content": pieces[i], "special": True} | flags for i in range(len(pieces)) if model.is_control(i)],
+        "normalizer": None, "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": decoders}, "model": bpe,
+    }  # fmt: skip
+    if style == "prepend":
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]}
+    else:
+        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": style, "split": False}
+    return write_json(target, spec, bos_token="<s>", eos_token={"content": "</s>"})
+
+
+def write_json(folder, spec, **config):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(spec if isinstance(spec, str) else json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def tokenizers(llama3_folder, mistral_folder, smollm2_folder):
-    return {name: load_tokenizer(folder) for name, folder in zip(NAMES, [llama3_folder, mistral_folder, smollm2_folder])}
+def folders(llama3_folder, mistral_folder, smollm2_folder, tmp_path_factory):
+    made = tmp_path_factory.mktemp("mistral")
+    found = {name: hub_tokenizer(name) for name in ("llama3_1", "qwen3", "gemma3", "deepseek_v3")}
+    found |= {f"mistral_{style}": mistral_json(mistral_folder, made / style, style) for style in ("prepend", "first")}
+    return found | {"llama3": llama3_folder, "mistral": mistral_folder, "smollm2": smollm2_folder}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders):
+    return {name: load_tokenizer(folder) for name, folder in folders.items()}
 
 
 # ---------------------------------------------------------------- ids
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_ids_equal_the_reference(tokenizers, name):
-    """Ids equal those of tokenizers and mistral-common, on their own and inside a text."""
+    """Ids equal those of tokenizers, transformers and mistral-common, on their own and inside a text."""
+    golden = GOLDEN_OF.get(name, name)
     for row in ROWS:
-        assert tokenizers[name].encode(row["text"]) == row[name], repr(row["text"])
-        assert tokenizers[name].encode(row["text"], continues=True) == row.get(f"{name}_inside", row[name]), repr(row["text"])
+        if not (name == "mistral_first" and row["text"][:1] in (" ", "\u2581")):  # Metaspace puts none before another
+            assert tokenizers[name].encode(row["text"]) == row[golden], repr(row["text"])
+        assert tokenizers[name].encode(row["text"], continues=True) == row.get(f"{golden}_inside", row[golden]), repr(row["text"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_decoding_returns_the_text(tokenizers, name):
-    """decode(encode(text)) == text, but for what a tokenizer cannot spell: bytes without a token, Mistral's \u2581 for a space."""
-    cannot = {"llama3": "", "mistral": "\u2581", "smollm2": "\x04\x06\x13\x14\x16\x1d\U00040000"}[name]
+    """decode(encode(text)) == text, but for what a tokenizer cannot spell: SmolLM2 some bytes, the others \u2581 for a space, Qwen what is not NFC."""
+    tokenizer, cannot = tokenizers[name], "\u2581" if name.startswith(("mistral", "gemma")) else ""
+    if name == "smollm2":
+        cannot = "\x04\x06\x13\x14\x16\x1d\U00040000"
     for text in [row["text"] for row in ROWS if not set(row["text"]) & set(cannot)]:
-        assert tokenizers[name].decode(tokenizers[name].encode(text)) == text
+        if name != "mistral_first" or not text.startswith(" "):  # the library takes the space for one of its own
+            assert tokenizer.decode(tokenizer.encode(text)) == (unicodedata.normalize("NFC", text) if name == "qwen3" else text)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_no_right_answer_is_given_up(tokenizers, name):
-    """No beginning of what is_correct accepts is wrong, also where a token ends within a character; what differs is, once it is written."""
+    """No beginning of what is_correct accepts is wrong, also where a token ends within a character; what differs is, once it is written.
+
+    What is learned as an answer is accepted, also where a normalizer has composed its characters.
+    """
     tokenizer, tried = tokenizers[name], 0
-    for text in [row["text"] for row in ROWS] + ["ΟΔΟΣ Α", "a \ufffd", "日本語の本"]:
+    for text in [row["text"] for row in ROWS] + ["ΟΔΟΣ Α", "a \ufffd", "日本語の本", "Cafe\u0301 A\u030a", "\u1100\u1161"]:
+        right = spelled(tokenizer, text)
+        assert is_correct(tokenizer.decode(tokenizer.encode(text, continues=True)), right)
         for answer in (text, text.upper(), f" \n {text.lower()}  "):
             ids = tokenizer.encode(answer)
-            if is_correct(tokenizer.decode(ids), text):
+            if is_correct(tokenizer.decode(ids), right):
                 tried += 1
-                assert not any(is_wrong(tokenizer.decode(ids[:n]), text) for n in range(len(ids) + 1)), (answer, text)
-                assert not text.strip() or is_wrong(tokenizer.decode(ids) + "!", text) and is_wrong("!" + tokenizer.decode(ids), text)
+                assert not any(is_wrong(tokenizer.decode(ids[:n]), right) for n in range(len(ids) + 1)), (answer, text)
+                assert not right.strip() or is_wrong(tokenizer.decode(ids) + "!", right) and is_wrong("!" + tokenizer.decode(ids), right)
     assert tried > 2 * len(ROWS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_plain_text_gives_no_control_token(tokenizers, name):
     """A control token's name in a text is spelled out, and decode returns it; the control tokens themselves have no text."""
     tokenizer = tokenizers[name]
-    for text in ["<|begin_of_text|><|end_of_text|>", "<|im_start|><|im_end|>", "<s></s>", "a</s>b", "[INST]", "<|endoftext|>"]:
+    for text in ["<|begin_of_text|><|end_of_text|>", "<|im_start|><|im_end|>", "<s></s>", "a</s>b", "[INST]", "<|endoftext|>", "<bos><end_of_turn>",
+                 "<\uff5cend\u2581of\u2581sentence\uff5c>"]:  # fmt: skip
         ids = tokenizer.encode(text)
         assert len(ids) > 1 and not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
-        assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
+        spelled_out = text.replace("\u2581", " ") if name.startswith(("mistral", "gemma")) else text
+        assert tokenizer.decode([*data.start_ids(tokenizer), *ids, tokenizer.eos_id]) == spelled_out
 
 
 def test_control_tokens(tokenizers):
     """Vocabulary size, bos and eos equal those of the published config.json (SmolLM2: the Instruct model's)."""
-    published = {"llama3": (128256, 128000, 128001), "mistral": (32768, 1, 2), "smollm2": (49152, 1, 2)}
-    assert {name: (t.vocab_size, t.bos_id, t.eos_id) for name, t in tokenizers.items()} == published
+    assert {name: (t.vocab_size, t.bos_id, t.eos_id) for name, t in tokenizers.items()} == PUBLISHED
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_odd_texts(tokenizers, name):
     """A lone surrogate is encoded as U+FFFD, and a million spaces or letters come back whole."""
     tokenizer = tokenizers[name]
     assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
-    for text in [" " * 10**6 + "x", "a" * 10**6]:
+    for text in ["x" + " " * 10**6 + "x", "a" * 10**6]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 # ---------------------------------------------------------------- files
 
 
-PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that byte-level BPE files write as themselves
-SPELLED = {b: chr(b) for b in PLAIN} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(PLAIN)))}
+def letters(**changes):
+    """A tokenizer.json of single letters, as the library itself writes it."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "<end>", *"abcd"])}
+    spec = json.loads(Tokenizer(models.BPE(vocab, [], unk_token="<unk>")).to_str())
+    return spec | {"model": spec["model"] | changes}
 
 
-def spell(token):
-    return "".join(SPELLED[b] for b in token)
+def test_what_a_tokenizer_json_must_have(tmp_path):
+    """Refused by name: chance, an eos that text can give or that nobody names; special_tokens_map.json may name it."""
+    for changes, config, message in [
+        ({"dropout": 0.1}, {"eos_token": "<end>"}, "tokenizer.json: dropout, .*set it to null"),
+        ({}, {"eos_token": "<unk>"}, "tokenizer.json: some plain text gives its bos or eos token"),
+        ({}, {"eos_token": "a"}, "tokenizer.json: some plain text gives its bos or eos token"),
+        ({}, {"eos_token": None}, "tokenizer_config.json: eos_token None is not in tokenizer.json; copy both"),
+        ({}, {"eos_token": ["<end>"]}, "tokenizer_config.json: eos_token .* is not in tokenizer.json; copy both"),
+        ({"type": "Bigram"}, {"eos_token": "<end>"}, "tokenizer.json: not a tokenizer that the tokenizers library reads .*; copy"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(write_json(tmp_path, letters(**changes), **config))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<end>"}}')
+    tokenizer = load_tokenizer(write_json(tmp_path, letters(), bos_token=None))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (6, None, 1)
+    assert tokenizer.decode([2, 1, 5]).replace(" ", "") == "ad" and 1 not in tokenizer.encode("a<end>d")
 
 
-def byte_level_json(ranks, merges, pattern=None):
-    """A tokenizer.json as on the hub: Llama 3's with its pattern, otherwise one like GPT-2's."""
-    control = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
-    steps = [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}]
-    if pattern:
-        steps.insert(0, {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
-    return {
-        "added_tokens": [{"id": len(ranks) + i, "content": token, "special": True} for i, token in enumerate(control)],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "model": {"type": "BPE", "unk_token": None, "byte_fallback": False, "ignore_merges": pattern is not None,
-                  "vocab": {spell(token): i for token, i in ranks.items()}, "merges": [[spell(a), spell(b)] for a, b in merges]},
-    }  # fmt: skip
+def test_padding_and_cutting_are_passed_over(tmp_path):
+    """What a tokenizer.json says of lengths, as a fine-tuning tool leaves it there, changes no ids."""
+    spec = letters()
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    assert load_tokenizer(write_json(tmp_path, tokenizer.to_str(), eos_token="<end>")).encode("abcd") == [2, 3, 4, 5]
 
 
-def write_json(folder, spec):
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|end_of_text|>"}}))
-    return folder
-
-
-LETTERS = {bytes([b]): b for b in range(256)}
-WORDS = LETTERS | {b"ab": 256, b"bc": 257, b"abc": 258}
-
-
-def test_tokenizer_json_equals_tiktoken_file(llama3_folder, tmp_path):
-    """Llama 3's first 20,000 tokens: tokenizer.json, with every split of a token as a merge, equals original/tokenizer.model."""
-    lines = (llama3_folder / "tokenizer.model").read_bytes().splitlines(keepends=True)[:20000]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-    merges = []
-    for token in ranks:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        merges += sorted(cuts, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ours = load_tokenizer(write_json(tmp_path / "hub", byte_level_json(ranks, merges, pattern)))
-    (tmp_path / "meta" / "original").mkdir(parents=True)
-    (tmp_path / "meta" / "original" / "tokenizer.model").write_bytes(b"".join(lines))
-    reference = load_tokenizer(tmp_path / "meta")
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (reference.vocab_size, reference.bos_id, reference.eos_id) == (20256, 20000, 20001)
-    for row in ROWS:
-        assert ours.encode(row["text"]) == reference.encode(row["text"]), repr(row["text"])
-
-
-def test_merges_decide_not_the_vocabulary(tmp_path):
-    """b and c merge first here, so that no merges make "abc": a + bc is not one; with ab first, they do."""
-    merges = [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c")]
-    assert load_tokenizer(write_json(tmp_path / "ab", byte_level_json(WORDS, merges))).encode("abc abc") == [258, 32, 258]
-    ranks = LETTERS | {b"bc": 256, b"ab": 257, b"abc": 258}
-    merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
-    assert load_tokenizer(write_json(tmp_path / "bc", byte_level_json(ranks, merges))).encode("abc ab") == [97, 256, 32, 257]
-
-
-REFUSED = {
-    "normalizer": (lambda spec: spec.update(normalizer={"type": "NFC"}), "normalizer NFC"),
-    "pre-tokenizer": (lambda spec: spec.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer .*Whitespace"),
-    "no pre-tokenizer": (lambda spec: spec.update(pre_tokenizer=None), "pre-tokenizer"),
-    "other pattern": (lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(
-        0, {"type": "Split", "pattern": {"Regex": r"\s"}, "behavior": "Isolated", "invert": False}), "pre-tokenizer"),
-    "unigram": (lambda spec: spec["model"].update(type="Unigram"), "Unigram"),
-    "fallback": (lambda spec: spec["model"].update(byte_fallback=True), "BPE without byte-level merges"),
-    "order": (lambda spec: spec["model"]["merges"].reverse(), "order of its merges"),
-    "lost merge": (lambda spec: spec["model"].update(ignore_merges=True), "missing merges"),
-    "ordinary added token": (lambda spec: spec["added_tokens"][5].update(special=False), "reserved_special_token_3"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change, message", REFUSED.values(), ids=REFUSED)
-def test_refuses_other_tokenizer_json(tmp_path, change, message):
-    """A tokenizer.json that would be read wrongly raises DataError, which names the file and what is not implemented."""
-    spec = byte_level_json(WORDS, [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c")])
-    change(spec)
-    with pytest.raises(DataError, match=f"{write_json(tmp_path, spec)}/tokenizer.json: .*{message}.* is not implemented"):
-        load_tokenizer(tmp_path)
+def test_both_files(folders, tmp_path, capsys):
+    """tokenizer.json is taken where it can be; where tokenizer.model gives a text other ids, or cannot be read, one line says so."""
+    shutil.copytree(folders["llama3_1"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "original").mkdir()
+    for model, said in [(folders["llama3"] / "tokenizer.model", ""), (folders["mistral"] / "tokenizer.model", "gives a text other ids than tokenizer.json, which is taken")]:
+        shutil.copy(model, tmp_path / "original/tokenizer.model")
+        assert load_tokenizer(tmp_path).eos_id == 128009
+        errors = capsys.readouterr().err
+        assert said in errors and errors.count("\n") == bool(said)
+    (tmp_path / "original/tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert load_tokenizer(tmp_path).eos_id == 128009 and "tokenizer.json is taken" in capsys.readouterr().err
+    (tmp_path / "tokenizer_config.json").unlink()  # without it nothing names tokenizer.json's eos
+    shutil.copy(folders["llama3"] / "tokenizer.model", tmp_path / "original/tokenizer.model")
+    assert load_tokenizer(tmp_path).eos_id == 128001 and not capsys.readouterr().err
 
 
 def test_refuses_missing_and_damaged_files(llama3_folder, mistral_folder, smollm2_folder, tmp_path):
@@ -200,18 +227,20 @@ def test_refuses_missing_and_damaged_files(llama3_folder, mistral_folder, smollm
 
 
 def test_answer_has_no_dummy_space(tokenizers):
-    """Mistral: prompt and answer encoded apart equal the text of both encoded at once."""
-    mistral, asked = tokenizers["mistral"], "<|user|>\nThe value of key e6395973 is?\n<|assistant|>\n"
-    for answer in [row["text"] for row in ROWS]:
-        assert mistral.encode(asked) + mistral.encode(answer, continues=True) == mistral.encode(asked + answer)
+    """Mistral, in each form: prompt and answer encoded apart equal the text of both encoded at once."""
+    asked = "<|user|>\nThe value of key e6395973 is?\n<|assistant|>\n"
+    for mistral in (tokenizers[name] for name in ("mistral", "mistral_prepend", "mistral_first")):
+        for answer in [row["text"] for row in ROWS]:
+            assert mistral.encode(asked) + mistral.encode(answer, continues=True) == mistral.encode(asked + answer)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_example_is_the_template(tokenizers, name):
-    """bos, <|user|>, prompt, <|assistant|>, answer, eos; labels are the answer's and eos's ids; a cut keeps the beginning."""
+    """bos (Qwen has none), <|user|>, prompt, <|assistant|>, answer, eos; labels are the answer's and eos's ids; a cut keeps the beginning."""
     tokenizer = tokenizers[name]
     example = {"id": "kvr-0", "prompt": "The value of key e6395973 is?", "response": "p7xk2q9z"}
-    asked = [tokenizer.bos_id] + tokenizer.encode("<|user|>\nThe value of key e6395973 is?\n<|assistant|>\n")
+    asked = [] if name == "qwen3" else [tokenizer.bos_id]
+    asked += tokenizer.encode("<|user|>\nThe value of key e6395973 is?\n<|assistant|>\n")
     ids, labels = encode_example(tokenizer, example)
     answer = ids[len(asked) :]
     assert ids[: len(asked)] == asked and labels == [-100] * len(asked) + answer
@@ -219,14 +248,14 @@ def test_example_is_the_template(tokenizers, name):
     assert encode_example(tokenizer, example, max_length=len(asked) + 2) == (ids[: len(asked) + 2], labels[: len(asked) + 2])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_chat_is_the_template_turn_by_turn(tokenizers, name):
     """Two turns: the ids spell both in the template, and the labels both answers, each with its eos, and nothing else."""
     tokenizer = tokenizers[name]
     texts = ["Hi there", "Hello! What is it?", "2 + 2 =", "4."]
     example = {"id": "chat-0", "messages": [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts)]}
     ids, labels = encode_example(tokenizer, example)
-    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
+    assert name == "qwen3" or ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
     assert tokenizer.decode(ids) == "<|user|>\nHi there\n<|assistant|>\nHello! What is it?<|user|>\n2 + 2 =\n<|assistant|>\n4."
     assert all(label in (-100, i) for i, label in zip(ids, labels)) and len(ids) == len(labels)
     answers = [label for label in labels if label != -100]
@@ -235,10 +264,10 @@ def test_chat_is_the_template_turn_by_turn(tokenizers, name):
     assert answers[-1] == labels[-1] == tokenizer.eos_id and answers.count(tokenizer.eos_id) == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_chat_template(tokenizers, llama3_folder, mistral_folder, smollm2_folder, tmp_path, name):
+@pytest.mark.parametrize("name", CONTROL)
+def test_chat_template(tokenizers, folders, tmp_path, name):
     """What transformers makes of a chat by the chat_template.jinja of a stage are the ids that the stage was trained on."""
-    shutil.copytree({"llama3": llama3_folder, "mistral": mistral_folder, "smollm2": smollm2_folder}[name], tmp_path / "model")
+    shutil.copytree(folders[name], tmp_path / "model")
     if name == "mistral":
         (tmp_path / "model" / "tokenizer_config.json").write_text('{"legacy": false}')
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(tokenizers[name], tmp_path / "model"))

@@ -1,8 +1,8 @@
 """Writes tokens.json: telling texts and the ids that the reference libraries give them, control tokens read as plain text.
 
-    python tests/golden/make_tokens.py LLAMA3_FOLDER MISTRAL_FOLDER SMOLLM2_FOLDER
+    python tests/golden/make_tokens.py LLAMA3_FOLDER MISTRAL_FOLDER SMOLLM2_FOLDER QWEN3_FOLDER GEMMA3_FOLDER DEEPSEEK_V3_FOLDER
 
-The folders are those of the fixtures in conftest.py: .cache/llama3 .cache/mistral models/SmolLM2-135M-Instruct.
+The folders are those of the fixtures in conftest.py: .cache/llama3 .cache/mistral models/SmolLM2-135M-Instruct .cache/hub-qwen3 ...
 Run by hand, where the libraries are installed (last: transformers 5.23, tokenizers 0.23, mistral-common 1.13, sentencepiece 0.2).
 "mistral_inside" is what a text gives behind other text or a control token: SentencePiece without its dummy space.
 """
@@ -15,6 +15,7 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 TEXTS = [
@@ -40,13 +41,16 @@ TEXTS = [
     "(\x04)", "a\x00b\x04\x06c \x13\x14 \x16\x1d1", " \U00040000!",
 ]  # fmt: skip
 
-llama3, mistral, smollm2 = map(Path, sys.argv[1:])
+llama3, mistral, smollm2, *others = map(Path, sys.argv[1:])
 hugging_face = {
     "llama3": TikTokenConverter(str(llama3 / "tokenizer.model")).converted(),
     "smollm2": Tokenizer.from_file(str(smollm2 / "tokenizer.json")),
 }
 for tokenizer in hugging_face.values():
     tokenizer.encode_special_tokens = True
+auto = {}
+for name, folder in zip(["qwen3", "gemma3", "deepseek_v3"], others, strict=True):
+    auto[name] = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
 mistral_common = SentencePieceTokenizer(mistral / "tokenizer.model")
 proto = ModelProto.FromString((mistral / "tokenizer.model").read_bytes())
 proto.normalizer_spec.add_dummy_prefix = False
@@ -55,6 +59,7 @@ inside = SentencePieceProcessor(model_proto=proto.SerializeToString())
 rows = []
 for text in TEXTS:
     row = {"text": text} | {name: t.encode(text, add_special_tokens=False).ids for name, t in hugging_face.items()}
+    row |= {name: tokenizer.encode(text, add_special_tokens=False) for name, tokenizer in auto.items()}
     rows.append(row | {"mistral": mistral_common.encode(text, bos=False, eos=False), "mistral_inside": inside.encode(text)})
 lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
 Path(__file__).with_name("tokens.json").write_text(f"[\n{lines}\n]\n")
