@@ -34,9 +34,9 @@ def mistral_json(folder, target, style):
     merges = []
     for piece, i in plain.items():
         cuts = [(piece[:n], piece[n:]) for n in range(1, len(piece)) if piece[:n] in plain and piece[n:] in plain]
-        merges += [(i, plain[left], plain[right]) for left, right in cuts]  # the best piece has the first id
+        merges += [(-model.get_score(i), i, plain[left], plain[right]) for left, right in cuts]
     bpe = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": dict(zip(pieces, range(len(pieces)))),
-           "merges": [[pieces[left], pieces[right]] for _, left, right in sorted(merges)]}  # fmt: skip
+           "merges": [[pieces[left], pieces[right]] for *_, left, right in sorted(merges)]}  # fmt: skip
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     decoders = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
