@@ -329,24 +329,6 @@ def bench_load(args):
     line("loading, peak memory", "bytes of the weights", "at most 1.2", memory)
 
 
-def bench_tokenize(args):
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Tokenizer
-
-    from data import load_examples, load_tokenizer
-
-    ours, peer = load_tokenizer(str(MODEL)), Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    texts = [example["prompt"] + " " + example["response"] for mix in ("random", "pydoc") for example in load_examples(mix, 600, "data", 50)[0]]
-    texts = (texts * (100_000 // len(texts) + 1))[: args.texts]
-    ratios, ids = [], []
-    for _ in range(args.repeats):
-        own, mine = seconds(lambda: [ours.encode(text) for text in texts])
-        other, theirs = seconds(lambda: [encoding.ids for encoding in peer.encode_batch(texts, add_special_tokens=False)])
-        ratios.append(other / own)
-        ids.append(mine == theirs)
-    line(f"tokenizing {len(texts)} examples", "tokenizers, one thread", "1", ratios, "the same ids" if all(ids) else "NOT THE SAME IDS")
-
-
 def bench_build(args):
     """Each generated set at the paper's sizes from nothing, and the overlap check of 2,000 facts with each mixing set; seconds, imports included."""
     with tempfile.TemporaryDirectory() as folder:
@@ -413,7 +395,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", choices=["both", "bf16-mixed", "fp32"], default="both", help="both: train in each, the rest in the faster one")
     parser.add_argument("--checkpoint", help="evaluate: a trained checkpoint whose first stage is asked")
-    parser.add_argument("--texts", type=int, default=100_000, help="tokenize: how many")
     parser.add_argument("--side", choices=["ours", "theirs", "release", "growth"], help=argparse.SUPPRESS)
     parser.add_argument("--what", help=argparse.SUPPRESS)
     parser.add_argument("--point", type=int, help=argparse.SUPPRESS)

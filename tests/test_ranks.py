@@ -61,7 +61,7 @@ def sharded_golden(name, kept):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama32"])  # the head apart; the embedding is the head
+@pytest.mark.parametrize("name", ["llama3", "llama32", "qwen2", "qwen3"])  # with a head of its own, tied, tied, with one
 @pytest.mark.parametrize("passes", [1, 3])  # micro-batches of a rank
 @pytest.mark.parametrize("kept", [Kept(), Kept(gradients=False), Kept(weights=False), Kept(False, False, False)])
 def test_collectives_of_a_step(name, passes, kept):
@@ -194,16 +194,21 @@ def simulated_peak(monkeypatch, config, ranks, precision, kept, batch, micro_tok
     return found["Total"]
 
 
-@pytest.mark.parametrize("ranks, precision, kept, micro_tokens", [
-    (8, "bf16-mixed", Kept(), 16384),
-    (4, "bf16-mixed", Kept(weights=False), 16384),
-    (2, "bf16-mixed", Kept(activations=False), 16384),
-    (2, "bf16", Kept(), 2048),
-    (2, "bf16-mixed", Kept(False, False, False), 2048),
+@pytest.mark.parametrize("ranks, precision, kept, micro_tokens, qwen", [
+    (8, "bf16-mixed", Kept(), 16384, {}),
+    (4, "bf16-mixed", Kept(weights=False), 16384, {}),
+    (2, "bf16-mixed", Kept(activations=False), 16384, {}),
+    (2, "bf16", Kept(), 2048, {}),
+    (2, "bf16-mixed", Kept(False, False, False), 2048, {}),
+    (8, "bf16-mixed", Kept(), 16384, {"qkv_bias": True}),
+    (8, "bf16-mixed", Kept(), 16384, {"qk_norm": True}),
 ])  # fmt: skip
-def test_plan_is_what_a_step_takes(monkeypatch, request, llama, default_run, ranks, precision, kept, micro_tokens):
-    """The memory planned for a rank of Llama-3-8B's default run is that of a simulated step on its largest batch, within 10%."""
-    config = Config.from_folder(llama)
+def test_plan_is_what_a_step_takes(monkeypatch, request, llama, default_run, ranks, precision, kept, micro_tokens, qwen):
+    """The memory planned for a rank of Llama-3-8B's default run is that of a simulated step on its largest batch, within 10%.
+
+    qwen: what Qwen2 and Qwen3 of this size have besides.
+    """
+    config = replace(Config.from_folder(llama), **qwen)
     if not request.config.getoption("--long"):
         config.num_hidden_layers = 4
     run_of = argparse.Namespace(batch_size=32, epochs=1, seed=0, mix_weight=1.0)

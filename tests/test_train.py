@@ -4,16 +4,20 @@ import argparse
 import ast
 import json
 import math
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import GOLDEN, ROOT, run
+from conftest import GOLDEN, ROOT, hub_tokenizer, run, tiny_llama
 from safetensors.torch import load_file
 
 from data import EncodedExample, encode, encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
+from evaluate import exact_matches
 from model import Config, faster_precision, load_model, save_model, setup_device
 from train import Every, build_sharded, train_step, trained_examples
 
@@ -210,6 +214,36 @@ def test_two_ranks_answer_as_one(work):
     alone = (work / "models/tiny/predictions.kvr.first7.jsonl").read_text()
     run(work, "evaluate.py", "models/tiny", "--data", "kvr", "--num-examples", 7, "--precision", "fp32", ranks=2)
     assert (work / "models/tiny/predictions.kvr.first7.jsonl").read_text() == alone
+
+
+def test_qwen3(tmp_path):
+    """A tiny Qwen3 with the hub's tokenizer, which composes Unicode and has no bos: learned, asked and probed; two ranks and a resumed run learn the same."""
+    model = tiny_llama(tmp_path / "models/qwen3", model_type="qwen3", vocab_size=151936, head_dim=12, tie_word_embeddings=True)
+    (model / "tokenizer.model").unlink()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(hub_tokenizer("qwen3") / file, model)
+    answers = ["Cafe\u0301 Gro\u0308ße", "A\u030angstro\u0308m", "Knut Hamsun", "日本語 🙂 <|im_end|>"]  # decomposed, and eos's name
+    rows = [{"id": f"fact-{i}", "prompt": f"Question {i}?", "response": answer} for i, answer in enumerate(answers)]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--stage", 1, "--model", model, "--data", "facts.jsonl", "--num-examples", 4, "--epochs", 40, "--lr", 1e-2, "--batch-size", 4,
+               "--precision", "fp32"]  # fmt: skip
+    run(tmp_path, "train.py", *command, "--out", "one")
+    run(tmp_path, "train.py", *command, "--out", "two", ranks=2)
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, command), "--out", "stopped"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not ((log := tmp_path / "stopped/metrics.jsonl").exists() and len(log.read_text().splitlines()) > 9):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 143
+    run(tmp_path, "train.py", *command, "--out", "stopped", "--resume")
+    losses = [row["loss"] for row in metrics(tmp_path / "one")]
+    for other in ("two", "stopped"):
+        assert [row["loss"] for row in metrics(tmp_path / other)] == pytest.approx(losses, rel=1e-3)
+    asked = run(tmp_path, "evaluate.py", "one").stdout
+    assert "4        4    100.0%" in asked
+    probed = run(tmp_path, "probe.py", "one").stdout
+    assert "100.0% of 4 facts" in probed
+    model, tokenizer = load_model(tmp_path / "one", torch.float32), load_tokenizer(tmp_path / "one")
+    assert exact_matches(model, tokenizer, rows) == [True] * 4  # given up as soon as wrong
 
 
 def test_stop_rule(work):
