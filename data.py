@@ -251,7 +251,8 @@ class SentencePieceTokenizer:
         self.vocab_size, self.bos_id, self.eos_id = self._sp.vocab_size(), self._sp.bos_id(), self._sp.eos_id()
         self._newline = self._sp.encode("\n")
         if self._sp.id_to_piece(self._newline)[-1:] != ["<0x0A>"] or min(self.bos_id, self.eos_id) < 0:
-            raise DataError(f"{path}: not a Llama or Mistral tokenizer (no byte tokens, bos or eos); use the model's own file, or its tokenizer.json")
+            raise DataError(f"{path}: not a Llama or Mistral tokenizer (no byte tokens, bos or eos); use the model's own "
+                            "file, or its tokenizer.json")  # fmt: skip
 
     def encode(self, text, continues=False):
         """Ids of a plain text; SentencePiece begins it with a space, unless it follows a control token or other text."""
@@ -271,25 +272,20 @@ class HubTokenizer:
     names bos, if the model has one, and eos."""
 
     def __init__(self, path):
-        from tokenizers import Tokenizer
-
         self._whole = _open_tokenizer(path)
         self.bos_id, self.eos_id = _control_ids(path, self._whole)
-        self._inside = self._whole
-        if _begins_with_space(self._whole):
-            spec = json.loads(self._whole.to_str())
-            for part in ("normalizer", "pre_tokenizer"):
-                spec[part] = _without_space(spec[part])
-            self._inside = Tokenizer.from_str(json.dumps(spec))
+        self._inside = _behind_other_text(self._whole, path) if _begins_with_space(self._whole) else self._whole
         for tokenizer in (self._whole, self._inside):
             tokenizer.encode_special_tokens = True  # a control token's name in a text is text
-        if _begins_with_space(self._inside):
-            raise DataError(f"{path}: what it puts before a text cannot be left out behind other text; use another model")
         # Their names, then every byte of UTF-8: a vocabulary without one may have eos for what is unknown.
         control = [i for i in (self.bos_id, self.eos_id) if i is not None]
-        probe = [*map(self._whole.id_to_token, control), *map(chr, range(0x800)), *map(chr, range(0x800, 0x110000, 0x800))]
-        if not set(control).isdisjoint(self.encode("".join(probe))):
-            raise DataError(f"{path}: some plain text gives its bos or eos token; use the model's own file")
+        probe = [*map(self._whole.id_to_token, control), *map(chr, [*range(0x800), *range(0x800, 0x110000, 0x800)])]
+        try:
+            found = self.encode("".join(probe))
+        except Exception as error:  # whatever the library finds missing
+            raise DataError(f"{path}: not a tokenizer of every text ({error}); {TOKENIZER_REMEDY}") from None
+        if not set(control).isdisjoint(found):
+            raise DataError(f"{path}: some plain text gives its bos or eos token; {TOKENIZER_REMEDY}")
 
     @functools.cached_property
     def vocab_size(self):
@@ -348,7 +344,7 @@ def _control_ids(path, tokenizer):
         if token is None and key == "bos_token":
             ids.append(None)
             continue
-        found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        found = tokenizer.token_to_id(_without_surrogates(token)) if isinstance(token, str) else None
         if found is None:
             raise DataError(f"{config_path}: {key} {token!r} is not in {path.name}; copy both from one model")
         added = tokenizer.get_added_tokens_decoder().get(found)
@@ -368,17 +364,29 @@ def _begins_with_space(tokenizer):
     return text != "a"
 
 
+def _behind_other_text(tokenizer, path):
+    """The same tokenizer, its vocabulary shared, without the space that it puts before a text."""
+    inside, added = type(tokenizer)(tokenizer.model), tokenizer.get_added_tokens_decoder()
+    inside.normalizer = _without_space(tokenizer.normalizer)
+    inside.pre_tokenizer = _without_space(tokenizer.pre_tokenizer)
+    inside.add_tokens([added[i] for i in sorted(added)])
+    if _begins_with_space(inside) or inside.get_added_tokens_decoder().keys() != added.keys():
+        raise DataError(f"{path}: what it puts before a text cannot be left out behind other text; use another model")
+    return inside
+
+
 def _without_space(step):
-    """A tokenizer.json's normalizer or pre-tokenizer as it is behind other text: without a space of its own in front."""
-    if step is None or step["type"] == "Prepend":
+    """A normalizer or pre-tokenizer, or None, as _behind_other_text has it."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    if isinstance(step, (normalizers.Sequence, pre_tokenizers.Sequence)):
+        return type(step)(list(filter(None, map(_without_space, step))))
+    if isinstance(step, normalizers.Prepend):
         return None
-    if step["type"] == "Metaspace":
-        return step | {"prepend_scheme": "never"}
-    if step["type"] == "ByteLevel":
-        return step | {"add_prefix_space": False}
-    for parts in ("normalizers", "pretokenizers"):  # of a Sequence
-        if parts in step:
-            step = step | {parts: list(filter(None, map(_without_space, step[parts])))}
+    if isinstance(step, pre_tokenizers.Metaspace):
+        return pre_tokenizers.Metaspace(step.replacement, "never", step.split)
+    if isinstance(step, pre_tokenizers.ByteLevel):
+        return pre_tokenizers.ByteLevel(False, step.trim_offsets, step.use_regex)
     return step
 
 
