@@ -114,7 +114,7 @@ class Config:
         def refuse(what):
             raise CheckpointError(f"{path}: {what} is not implemented; use a plain Llama, Mistral or Qwen checkpoint")
 
-        family = FAMILIES.get(raw.get("model_type")) if isinstance(raw.get("model_type"), str) else None
+        family = FAMILIES.get(str(raw.get("model_type")))
         if family is None:
             refuse(f"model_type {raw.get('model_type')!r}")
         for key in ("attention_bias", "mlp_bias", "quantization_config", "use_mrope", "dual_chunk_attention_config"):
@@ -355,12 +355,13 @@ class Attention(nn.Module):
 
         packed: the Packed that x (1, N, C) comes from; only the attention itself is computed for texts side by side.
         """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if packed is not None:
-            q, k, v = packed.unpack(q), packed.unpack(k), packed.unpack(v)
-        q, k, v = (y.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2) for y in (q, k, v))
+        heads = lambda y: y.unflatten(2, (-1, self.config.head_dim))
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if packed is not None:
+            q, k, v = packed.unpack(q), packed.unpack(k), packed.unpack(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cached is not None:
             k, v = cached(k, v)
@@ -423,12 +424,12 @@ class Packed:
         return x.flatten(0, 1).index_select(0, self.kept)[None]
 
     def unpack(self, x):
-        """(1, N, C) -> (B, T, C); padding holds anything."""
+        """(1, N, ...) -> (B, T, ...); padding holds anything."""
         # By its place a token is taken once, and for padding without a gradient: no GPU adds up in an order of its own.
         prefix_len = self.places.shape[1] - self.own.shape[1]
         start, rest = x[0].split((prefix_len, x.shape[1] - prefix_len))
         rest = rest.index_select(0, self.own.flatten()).unflatten(0, self.own.shape)
-        return torch.cat((start.expand(len(rest), -1, -1), rest), dim=1)
+        return torch.cat((start.expand(len(rest), *start.shape), rest), dim=1)
 
 
 def answer_positions(labels):

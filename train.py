@@ -1100,9 +1100,9 @@ def activations_of_block(config, size, gpu, tokens, padded):
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     # Both norms' input in fp32, their quotient and their output; the output projection's input and four of the MLP.
     token = 2 * config.hidden_size * (4 + 2 * size) + size * (queries + 4 * config.intermediate_size)
-    attended = size * (queries * (1 + gpu) + 2 * keys)  # q, k, v, on a GPU the attention's output
     if config.qk_norm:
-        attended += (queries + keys) * (4 + 2 * size)  # their norms keep what Block's do
+        token += (queries + keys) * (4 + 2 * size)  # as both norms
+    attended = size * (queries * (1 + gpu) + 2 * keys)  # q, k, v, on a GPU the attention's output
     return tokens * token + padded * attended
 
 

@@ -331,8 +331,28 @@ DAMAGE = {  # what happened: (to which model, how, what the message names)
     "old RoPE": ("llama2", in_config(rope_scaling={"type": "linear", "factor": 2.0}), ["config.json", "linear"]),
     "RoPE without factor": ("llama3", in_config(rope_scaling={"rope_type": "llama3"}), ["config.json", "factor"]),
     "biases": ("llama2", in_config(attention_bias=True), ["config.json", "attention_bias"]),
+    "biases beside Qwen3's norms": ("qwen3", in_config(attention_bias=True), ["config.json", "attention_bias"]),
+    "windows switched off": ("qwen3", in_config(layer_types=["full_attention", "sliding_attention"]), ["sliding_attention", "use_sliding_window"]),
+    "other attention": ("qwen2", in_config(layer_types=["linear_attention"] * 3), ["config.json", "layer_types", "linear_attention"]),
+    "too few layer types": ("qwen2", in_config(layer_types=["full_attention"]), ["config.json", "layer_types", "3"]),
+    "missing bias": ("qwen2", in_file(lambda t: t.pop("model.layers.1.self_attn.k_proj.bias")), ["self_attn.k_proj.bias"]),
+    "RoPE for each kind of layer": ("qwen3", in_config(rope_parameters={"full_attention": {"rope_theta": 1e6}}), ["rope_parameters", "full_attention"]),
     "quantized": ("llama2", in_config(quantization_config={"quant_method": "gptq"}), ["config.json", "quantization_config"]),
 }
+
+
+def test_windows_of_qwen(tmp_path):
+    """Which blocks have a window: by layer_types, else from max_window_layers on, and none unless use_sliding_window says so."""
+    shutil.copytree(GOLDEN / "qwen2", tmp_path, dirs_exist_ok=True)
+    for fields, windows in [
+        ({}, [None, None, 16]),
+        ({"max_window_layers": 0}, [16, 16, 16]),
+        ({"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, [16, None, 16]),
+        ({"layer_types": None, "use_sliding_window": False}, [None] * 3),
+        ({"use_sliding_window": True, "sliding_window": None}, [None] * 3),
+    ]:
+        in_config(**fields)(tmp_path)
+        assert model_py.Config.from_folder(tmp_path).windows == windows
 
 
 @pytest.mark.parametrize("what", DAMAGE)
