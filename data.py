@@ -224,6 +224,7 @@ class TiktokenTokenizer:
         self._pieces = regex.compile(LLAMA3_PATTERN)
         self.vocab_size = len(ranks) + LLAMA3_N_CONTROL
         self.bos_id, self.eos_id = (len(ranks) + i for i in range(len(LLAMA3_CONTROL)))
+        self.largest_id = self.eos_id  # that a text, bos or eos can have
 
     def encode(self, text, continues=False):
         """Ids of a plain text, the same at the beginning of a text and behind other text."""
@@ -249,6 +250,7 @@ class SentencePieceTokenizer:
         except (OSError, RuntimeError):
             raise DataError(f"{path}: neither a tiktoken nor a SentencePiece model; copy it again") from None
         self.vocab_size, self.bos_id, self.eos_id = self._sp.vocab_size(), self._sp.bos_id(), self._sp.eos_id()
+        self.largest_id = self.vocab_size - 1
         self._newline = self._sp.encode("\n")
         if self._sp.id_to_piece(self._newline)[-1:] != ["<0x0A>"] or min(self.bos_id, self.eos_id) < 0:
             raise DataError(f"{path}: not a Llama or Mistral tokenizer (no byte tokens, bos or eos); use the model's own "
@@ -268,48 +270,72 @@ class SentencePieceTokenizer:
 
 
 class HubTokenizer:
-    """tokenizer.json through the tokenizers library, whose ids are right by definition; tokenizer_config.json beside it
-    names bos, if the model has one, and eos."""
+    """tokenizer.json through the tokenizers library, the reference; the files beside it name bos, if any, and eos."""
 
     def __init__(self, path):
-        self._whole = _open_tokenizer(path)
-        self.bos_id, self.eos_id = _control_ids(path, self._whole)
-        self._inside = _behind_other_text(self._whole, path) if _begins_with_space(self._whole) else self._whole
-        for tokenizer in (self._whole, self._inside):
-            tokenizer.encode_special_tokens = True  # a control token's name in a text is text
-        # Their names, then every byte of UTF-8: a vocabulary without one may have eos for what is unknown.
-        control = [i for i in (self.bos_id, self.eos_id) if i is not None]
-        probe = [*map(self._whole.id_to_token, control), *map(chr, [*range(0x800), *range(0x800, 0x110000, 0x800)])]
-        try:
-            found = self.encode("".join(probe))
-        except Exception as error:  # whatever the library finds missing
-            raise DataError(f"{path}: not a tokenizer of every text ({error}); {TOKENIZER_REMEDY}") from None
-        if not set(control).isdisjoint(found):
-            raise DataError(f"{path}: some plain text gives its bos or eos token; {TOKENIZER_REMEDY}")
+        with _raised_by_library(path):
+            self._tokenizer = _open_tokenizer(path)
+            self.bos_id, self.eos_id = _control_ids(path, self._tokenizer)
+            self._tokenizer.encode_special_tokens = True  # a control token's name in a text is text
+            self.begins_with_space = _begins_with_space(self._tokenizer)
+            self._newline = []
+            if self.begins_with_space:
+                self._newline = self.encode("\n")
+                if self._tokenizer.id_to_token(self._newline[-1]) != "<0x0A>":
+                    raise DataError(f"{path}: a space before every text without byte tokens is not implemented; use "
+                                    "another model")  # fmt: skip
+            self._check_plain_text(path)
+
+    def _check_plain_text(self, path):
+        """Raise DataError if a text can give a control token, or what stands for anything unknown."""
+        unknown = getattr(self._tokenizer.model, "unk_token", None) or "<unk>"
+        never = {self.bos_id, self.eos_id, self._tokenizer.token_to_id(unknown)} - {None}
+        names = map(self._tokenizer.id_to_token, {self.bos_id, self.eos_id} - {None})
+        every_byte = "".join(map(chr, [*range(0x800), *range(0x800, 0x110000, 0x800)]))  # that UTF-8 has
+        for text, continues in itertools.product([*names, every_byte], [False, True]):
+            for token in map(self._tokenizer.id_to_token, never.intersection(self.encode(text, continues))):
+                raise DataError(f"{path}: some plain text gives its {token!r}; use another model")
 
     @functools.cached_property
     def vocab_size(self):
         """The largest id and one more."""
-        return 1 + max(self._whole.get_vocab().values())
+        return 1 + max(self._tokenizer.get_vocab().values())
+
+    @functools.cached_property
+    def largest_id(self):
+        """Of those that a text, bos or eos can have: special tokens that a fine-tuning tool has added are none of them."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special} - {self.bos_id, self.eos_id}
+        return max(i for i in self._tokenizer.get_vocab().values() if i not in special)
 
     def encode(self, text, continues=False):
         """Ids of a plain text; some tokenizers begin it with a space, unless it follows a control token or other text."""
-        tokenizer = self._inside if continues else self._whole
-        return tokenizer.encode(_without_surrogates(text), add_special_tokens=False).ids
+        before = "\n" if continues and self._newline else ""  # as in SentencePieceTokenizer
+        ids = self._tokenizer.encode(before + _without_surrogates(text), add_special_tokens=False).ids
+        return ids[len(self._newline) :] if before else ids
 
     def decode(self, ids):
         """Text of ids; control tokens have none."""
-        return self._whole.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def adds_space_behind_bos(self):
-        """Whether the library reads bos and a text, written as one, as bos and what encode makes of the text, if it adds
-        a space at all."""
-        if self._inside is self._whole or self.bos_id is None:
-            return True
-        self._whole.encode_special_tokens = False
-        written = self._whole.encode(self._whole.id_to_token(self.bos_id) + "a", add_special_tokens=False).ids
-        self._whole.encode_special_tokens = True
+        """Whether the library reads bos and a text, written as one, as bos and what encode makes of the text."""
+        self._tokenizer.encode_special_tokens = False
+        written = self._tokenizer.encode(self._tokenizer.id_to_token(self.bos_id) + "a", add_special_tokens=False).ids
+        self._tokenizer.encode_special_tokens = True
         return written == [self.bos_id, *self.encode("a")]
+
+
+@contextlib.contextmanager
+def _raised_by_library(path):
+    """Whatever the tokenizers library stumbles over in this block, as a DataError; its panics are no Exceptions."""
+    try:
+        yield
+    except (DataError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise DataError(f"{path}: not a tokenizer that the tokenizers library reads ({error}); "
+                        f"{TOKENIZER_REMEDY}") from None  # fmt: skip
 
 
 def _open_tokenizer(path):
@@ -319,9 +345,9 @@ def _open_tokenizer(path):
     content = read_file(path, TOKENIZER_REMEDY)
     try:
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # whatever the library stumbles over
+    except ValueError:
         _read_json(path)  # which says so where it is not JSON at all
-        raise DataError(f"{path}: not a tokenizer that the tokenizers library reads ({error}); {TOKENIZER_REMEDY}") from None
+        raise
     if getattr(tokenizer.model, "dropout", None):
         raise DataError(f"{path}: dropout, by which a text has other ids each time, is not implemented; set it to null")
     tokenizer.no_truncation()
@@ -329,21 +355,30 @@ def _open_tokenizer(path):
     return tokenizer
 
 
+BEGIN_WITH_BOS = ("Llama", "CodeLlama", "Gemma", "GPT2")  # classes of tokenizers that have one though no file names it
+
+
 def _control_ids(path, tokenizer):
     """(id of bos, or None; id of eos) as the files beside a tokenizer.json name them; their names become control tokens.
 
-    special_tokens_map.json says what tokenizer_config.json does not, as in transformers.
+    As in transformers special_tokens_map.json comes first where tokenizer_config.json is of its time, and has no
+    added_tokens_decoder. No bos: none is named, or add_bos_token is false.
     """
     config_path, older = path.with_name("tokenizer_config.json"), path.with_name("special_tokens_map.json")
-    config = _read_json(config_path)
-    named = _read_json(older) if older.exists() else {}
+    named = config = _read_json(config_path)
+    if older.exists() and "added_tokens_decoder" not in config:
+        named = config | _read_json(older)
+    if "bos_token" not in named and str(config.get("tokenizer_class")).startswith(BEGIN_WITH_BOS):
+        raise DataError(f"{config_path}: names no bos_token; add the model's, or null where it has none")
     ids = []
     for key in ("bos_token", "eos_token"):
-        token = config.get(key) or named.get(key)
+        token = named.get(key)
         token = token.get("content") if isinstance(token, dict) else token
-        if token is None and key == "bos_token":
+        if key == "bos_token" and (token is None or config.get("add_bos_token") is False):
             ids.append(None)
             continue
+        if token is None:
+            raise DataError(f"{config_path}: names no {key}; add the model's")
         found = tokenizer.token_to_id(_without_surrogates(token)) if isinstance(token, str) else None
         if found is None:
             raise DataError(f"{config_path}: {key} {token!r} is not in {path.name}; copy both from one model")
@@ -362,32 +397,6 @@ def _begins_with_space(tokenizer):
     if tokenizer.pre_tokenizer is not None:
         text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
     return text != "a"
-
-
-def _behind_other_text(tokenizer, path):
-    """The same tokenizer, its vocabulary shared, without the space that it puts before a text."""
-    inside, added = type(tokenizer)(tokenizer.model), tokenizer.get_added_tokens_decoder()
-    inside.normalizer = _without_space(tokenizer.normalizer)
-    inside.pre_tokenizer = _without_space(tokenizer.pre_tokenizer)
-    inside.add_tokens([added[i] for i in sorted(added)])
-    if _begins_with_space(inside) or inside.get_added_tokens_decoder().keys() != added.keys():
-        raise DataError(f"{path}: what it puts before a text cannot be left out behind other text; use another model")
-    return inside
-
-
-def _without_space(step):
-    """A normalizer or pre-tokenizer, or None, as _behind_other_text has it."""
-    from tokenizers import normalizers, pre_tokenizers
-
-    if isinstance(step, (normalizers.Sequence, pre_tokenizers.Sequence)):
-        return type(step)(list(filter(None, map(_without_space, step))))
-    if isinstance(step, normalizers.Prepend):
-        return None
-    if isinstance(step, pre_tokenizers.Metaspace):
-        return pre_tokenizers.Metaspace(step.replacement, "never", step.split)
-    if isinstance(step, pre_tokenizers.ByteLevel):
-        return pre_tokenizers.ByteLevel(False, step.trim_offsets, step.use_regex)
-    return step
 
 
 def _without_surrogates(text):
@@ -473,16 +482,28 @@ def copy_tokenizer(source, target, template):
 
 
 def chat_template(tokenizer, path):
-    """encode_example's template for the tokenizer of a folder, as transformers and servers read it (jinja).
+    """encode_example's template for the tokenizer of a folder, as transformers 5 and servers read it (jinja).
 
     Llama 2 and Mistral begin a text with a space, behind bos too. transformers does so in a chat only where the
     tokenizer's settings say legacy, and then before each turn: one turn has the ids of training, several have not.
     """
-    config = Path(path) / "tokenizer_config.json"
-    bare = isinstance(tokenizer, HubTokenizer) and not tokenizer.adds_space_behind_bos()
-    if isinstance(tokenizer, SentencePieceTokenizer) and config.exists():
-        bare = _read_json(config).get("legacy") is False
+    if tokenizer.bos_id is None:
+        return CHAT_TEMPLATE.replace("{{- bos_token or '' }}\n", "")
+    bare = _bare_behind_bos(tokenizer, Path(path))
     return CHAT_TEMPLATE.replace("bos_token or ''", "bos_token + ' '") if bare else CHAT_TEMPLATE
+
+
+def _bare_behind_bos(tokenizer, path):
+    """Whether transformers reads what stands behind bos without the space that this tokenizer puts before a text."""
+    files = (path / "tokenizer_config.json", path / "config.json")
+    config, model = (_read_json(file) if file.exists() else {} for file in files)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return config.get("legacy") is False
+    if isinstance(tokenizer, TiktokenTokenizer) or not tokenizer.begins_with_space:
+        return False
+    if str(config.get("tokenizer_class")).startswith("LlamaTokenizer") and model.get("model_type") != "mistral":
+        return config.get("legacy") is not True  # transformers makes this one itself, whatever tokenizer.json says
+    return not tokenizer.adds_space_behind_bos()
 
 
 CHAT_TEMPLATE = """\

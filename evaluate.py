@@ -29,7 +29,6 @@ import os
 import random
 import statistics
 import sys
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +53,9 @@ MOST = 2000  # facts of a set that no stage learned, unless told otherwise: the 
 
 
 def check_vocabulary(tokenizer, config, path):
-    """A DataError unless every id of the tokenizer is a row of the model's embedding."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise DataError(f"{path}: its tokenizer has ids up to {tokenizer.vocab_size - 1} "
+    """A DataError unless every id that a text can have is a row of the model's embedding."""
+    if tokenizer.largest_id >= config.vocab_size:
+        raise DataError(f"{path}: its tokenizer has ids up to {tokenizer.largest_id} "
                         f"(bos {tokenizer.bos_id}, eos {tokenizer.eos_id}), its model's vocabulary "
                         f"{config.vocab_size}; copy both from one model")  # fmt: skip
 
@@ -237,8 +236,10 @@ def evaluate(path, model, tokenizer, sets, precision, rank=0, base_model=None):
     for asked in sets:
         rows, answers = [], predict(model, tokenizer, asked.facts, progress=True)
         for fact, answer in zip(asked.facts, answers):
-            rows.append({"id": fact["id"], "prompt": fact["prompt"], "response": fact["response"], "prediction": answer,
-                         "correct": is_correct(answer, spelled(tokenizer, fact["response"]))})  # fmt: skip
+            right = spelled(tokenizer, fact["response"])
+            row = {"id": fact["id"], "prompt": fact["prompt"], "response": fact["response"], "prediction": answer,
+                   "correct": is_correct(answer, right)}  # fmt: skip
+            rows.append(row | ({"spelled": right} if folded(right) != folded(fact["response"]) else {}))
         correct = sum(row["correct"] for row in rows)
         results[asked.name] = {"accuracy": 100 * correct / len(rows), "correct": correct, "total": len(rows),
                                "of": asked.of, "precision": precision, "data": asked.data,
@@ -864,14 +865,13 @@ def lost_facts(now, then, later):
     now: the run's; then: of the stage that learned it (None: all count as right); later: of later stages' sets.
     """
     were_right = [row["correct"] for row in then] if then else [True] * len(now)
-    # A tokenizer may have composed its answers' characters (NFC).
-    comparable = lambda text: folded(unicodedata.normalize("NFC", text))
-    of_later, of_set = ({comparable(row["response"]) for row in rows} for rows in (later, now))
+    right_of = lambda row: folded(row.get("spelled", row["response"]))
+    of_later, of_set = (set(map(right_of, rows)) for rows in (later, now))
     lost = []
     for place, (row, was_right) in enumerate(zip(now, were_right)):
         if row["correct"] or not was_right:
             continue
-        said, right = comparable(row["prediction"]), comparable(row["response"])
+        said, right = folded(row["prediction"]), right_of(row)
         fits = [said in of_later, said in of_set, is_near(said, right), True]
         lost.append(Lost(place, row["prompt"], row["response"], row["prediction"], IN_PLACE[fits.index(True)]))
     return lost

@@ -106,10 +106,10 @@ class Config:
 
         def need(key, fields=raw, default=None):
             value = default if fields.get(key) is None else fields[key]
-            if not isinstance(value, (int, float)) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
                 raise CheckpointError(f"{path}: {key} is {value!r}, not a positive number; copy it from the model's own "
                                       "config.json")  # fmt: skip
-            return value
+            return int(value) if float(value).is_integer() else value
 
         def refuse(what):
             raise CheckpointError(f"{path}: {what} is not implemented; use a plain Llama, Mistral or Qwen checkpoint")
@@ -169,6 +169,8 @@ class Config:
 def _windows(raw, n_layers, need, refuse):
     """Config.windows as transformers reads them: Mistral's in every block, Qwen's where use_sliding_window asks for it."""
     uses = {"llama": False, "mistral": True}.get(raw["model_type"], raw.get("use_sliding_window"))
+    if uses not in (True, False, None):
+        refuse(f"use_sliding_window {uses!r}")
     null = "sliding_window" in raw and raw["sliding_window"] is None
     window = need("sliding_window", default=4096) if uses and not null else None
     if raw["model_type"] in ("llama", "mistral"):

@@ -1349,12 +1349,15 @@ def params_of(model):
     return count_params(Config.from_folder(model))
 
 
+tokenizer_of_plan = functools.cache(load_tokenizer)  # read once, and warned of once, for all runs of a model
+
+
 @functools.cache
 def mean_tokens(name, words, data, model):
     """Tokens of an example of a set: counted where it and the model's tokenizer are at hand, else as SETS has them."""
     whole = name if name.endswith(".jsonl") else name.partition(".")[0]  # split for a model or not
     try:
-        tokenizer = load_tokenizer(model)
+        tokenizer = tokenizer_of_plan(model)
         if at_hand(whole, 1, data, words) and flat_file(whole, data, words).exists():
             examples = encode(tokenizer, load_examples(whole, None, data, words)[0][:COUNTED])
             return sum(len(example.ids) for example in examples) / len(examples)
@@ -1540,7 +1543,7 @@ def timed_steps(folder):
 def tokens_and_steps(run, runs):
     """(tokens, steps) of a planned run whose loss never stops it."""
     with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say what is left out
-        examples, _ = encode_stage(run.args, [], load_tokenizer(base_of_run(run, runs)))
+        examples, _ = encode_stage(run.args, [], tokenizer_of_plan(base_of_run(run, runs)))
     steps = most_steps(run.args, runs)
     epochs = steps / math.ceil(len(examples) / run.args.batch_size)
     weight = resolve_mix_weight(run.args.mix_weight, examples)

@@ -8,7 +8,7 @@ import jinja2
 import pytest
 import sentencepiece
 from conftest import GOLDEN, hub_tokenizer
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
 from data import DataError, chat_template, encode_example, load_tokenizer, spelled
@@ -17,7 +17,7 @@ from evaluate import is_correct, is_wrong
 ROWS = json.loads((GOLDEN / "tokens.json").read_bytes())
 CHATS = json.loads((GOLDEN / "chats.json").read_bytes())
 CONTROL = {"llama3": ("<|begin_of_text|>", "<|end_of_text|>"), "mistral": ("<s>", "</s>"), "smollm2": ("<|im_start|>", "<|im_end|>"),
-           "qwen3": (None, "<|im_end|>")}  # fmt: skip
+           "qwen3": (None, "<|im_end|>"), "mistral_prepend": ("<s>", "</s>"), "mistral_first": ("<s>", "</s>")}  # fmt: skip
 PUBLISHED = {  # (vocabulary, bos, eos) of config.json or tokenizer_config.json
     "llama3": (128256, 128000, 128001), "llama3_1": (128256, 128000, 128009), "mistral": (32768, 1, 2),
     "mistral_prepend": (32768, 1, 2), "mistral_first": (32768, 1, 2), "smollm2": (49152, 1, 2), "qwen3": (151669, None, 151645),
@@ -49,7 +49,7 @@ def mistral_json(folder, target, style):
         spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]}
     else:
         spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": style, "split": False}
-    return write_json(target, spec, bos_token="<s>", eos_token={"content": "</s>"})
+    return write_json(target, spec, bos_token="<s>", eos_token={"__type": "AddedToken", "content": "</s>"}, tokenizer_class="LlamaTokenizer")
 
 
 def write_json(folder, spec, **config):
@@ -105,7 +105,8 @@ def test_no_right_answer_is_given_up(tokenizers, name):
     tokenizer, tried = tokenizers[name], 0
     for text in [row["text"] for row in ROWS] + ["ΟΔΟΣ Α", "a \ufffd", "日本語の本", "Cafe\u0301 A\u030a", "\u1100\u1161"]:
         right = spelled(tokenizer, text)
-        assert is_correct(tokenizer.decode(tokenizer.encode(text, continues=True)), right)
+        _, labels = encode_example(tokenizer, {"id": "fact", "prompt": "What?", "response": text})
+        assert is_correct(tokenizer.decode([label for label in labels[:-1] if label != -100]), right)
         for answer in (text, text.upper(), f" \n {text.lower()}  "):
             ids = tokenizer.encode(answer)
             if is_correct(tokenizer.decode(ids), right):
@@ -144,29 +145,54 @@ def test_odd_texts(tokenizers, name):
 # ---------------------------------------------------------------- files
 
 
-def letters(**changes):
-    """A tokenizer.json of single letters, as the library itself writes it."""
-    vocab = {token: i for i, token in enumerate(["<unk>", "<end>", *"abcd"])}
-    spec = json.loads(Tokenizer(models.BPE(vocab, [], unk_token="<unk>")).to_str())
+def letters(lacks="", merges=(), **changes):
+    """A tokenizer.json of single bytes, as the library itself writes it."""
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(lacks))
+    vocab = {token: i for i, token in enumerate(["<unk>", "<end>", *alphabet, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab, list(merges), unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    spec = json.loads(tokenizer.to_str())
     return spec | {"model": spec["model"] | changes}
 
 
 def test_what_a_tokenizer_json_must_have(tmp_path):
-    """Refused by name: chance, an eos that text can give or that nobody names; special_tokens_map.json may name it."""
+    """Refused by name: chance, an eos that text can give or that nobody names, a text that has no ids of its own."""
     for changes, config, message in [
         ({"dropout": 0.1}, {"eos_token": "<end>"}, "tokenizer.json: dropout, .*set it to null"),
-        ({}, {"eos_token": "<unk>"}, "tokenizer.json: some plain text gives its bos or eos token"),
-        ({}, {"eos_token": "a"}, "tokenizer.json: some plain text gives its bos or eos token"),
-        ({}, {"eos_token": None}, "tokenizer_config.json: eos_token None is not in tokenizer.json; copy both"),
+        ({}, {"eos_token": "a"}, "tokenizer.json: some plain text gives its 'a'; use another"),
+        ({"lacks": "z"}, {"eos_token": "<end>"}, "tokenizer.json: some plain text gives its '<unk>'; use another"),
+        ({"merges": [("<", "e"), ("<e", "n"), ("<en", "d"), ("<end", ">")]}, {"eos_token": "<end>"}, "gives its '<end>'; use another"),
+        ({}, {"eos_token": None}, "tokenizer_config.json: names no eos_token; add"),
+        ({}, {"eos_token": "<end>", "tokenizer_class": "LlamaTokenizer"}, "tokenizer_config.json: names no bos_token; add .* or null"),
+        ({}, {"eos_token": "\ud83d"}, "tokenizer_config.json: eos_token .* is not in tokenizer.json; copy both"),
         ({}, {"eos_token": ["<end>"]}, "tokenizer_config.json: eos_token .* is not in tokenizer.json; copy both"),
         ({"type": "Bigram"}, {"eos_token": "<end>"}, "tokenizer.json: not a tokenizer that the tokenizers library reads .*; copy"),
     ]:
         with pytest.raises(DataError, match=message):
             load_tokenizer(write_json(tmp_path, letters(**changes), **config))
-    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<end>"}}')
-    tokenizer = load_tokenizer(write_json(tmp_path, letters(), bos_token=None))
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (6, None, 1)
-    assert tokenizer.decode([2, 1, 5]).replace(" ", "") == "ad" and 1 not in tokenizer.encode("a<end>d")
+    spec = letters()
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    with pytest.raises(DataError, match="tokenizer.json: a space before every text without byte tokens is not implemented"):
+        load_tokenizer(write_json(tmp_path, spec, eos_token="<end>"))
+
+
+def test_who_names_control_tokens(tmp_path):
+    """special_tokens_map.json is asked first, but not beside an added_tokens_decoder; add_bos_token may take bos away."""
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<unk>"}, "eos_token": {"content": "<end>"}}')
+    for config, bos_id, eos_id in [({"eos_token": "<unk>"}, 0, 1), ({"eos_token": "<unk>", "added_tokens_decoder": {}}, None, 0),
+                                   ({"add_bos_token": False}, None, 1)]:  # fmt: skip
+        tokenizer = load_tokenizer(write_json(tmp_path, letters(), **config))
+        assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (258, bos_id, eos_id)
+        assert tokenizer.decode([*tokenizer.encode("a<end>d"), eos_id]) == "a<end>d" and ("bos_token" in chat_template(tokenizer, tmp_path)) == (bos_id == 0)
+
+
+def test_special_tokens_beyond_the_embedding(tmp_path):
+    """A padding token that no text can have needs no row of the embedding; one that a text can have needs it."""
+    for special, largest in ((True, 257), (False, 258)):
+        tokenizer = Tokenizer.from_str(json.dumps(letters()))
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(["[PAD]"])
+        tokenizer = load_tokenizer(write_json(tmp_path, tokenizer.to_str(), eos_token="<end>"))
+        assert (tokenizer.vocab_size, tokenizer.largest_id) == (259, largest)
 
 
 def test_padding_and_cutting_are_passed_over(tmp_path):
@@ -175,7 +201,8 @@ def test_padding_and_cutting_are_passed_over(tmp_path):
     tokenizer = Tokenizer.from_str(json.dumps(spec))
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=9)
-    assert load_tokenizer(write_json(tmp_path, tokenizer.to_str(), eos_token="<end>")).encode("abcd") == [2, 3, 4, 5]
+    padded = load_tokenizer(write_json(tmp_path, tokenizer.to_str(), eos_token="<end>"))
+    assert padded.decode(padded.encode("abcd")) == "abcd" and len(padded.encode("abcd")) == 4
 
 
 def test_both_files(folders, tmp_path, capsys):
@@ -278,3 +305,9 @@ def test_chat_template(tokenizers, folders, tmp_path, name):
         assert ids == row[name]["whole"]
         asked = max(place for place, label in enumerate(labels) if label == -100) + 1
         assert ids[:asked] == row[name]["asked"]
+
+
+def test_space_behind_bos(tokenizers, tmp_path):
+    """Where transformers reads tokenizer.json as it is, the template has a space behind bos if the file itself puts none there."""
+    for name, written in (("mistral_prepend", False), ("mistral_first", True), ("qwen3", False), ("gemma3", False)):
+        assert ("bos_token + ' '" in chat_template(tokenizers[name], tmp_path)) == written

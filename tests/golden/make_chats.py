@@ -1,9 +1,9 @@
 """Writes chats.json: chats, and the ids that transformers gives them by the chat_template.jinja of a trained stage.
 
-    python tests/golden/make_chats.py LLAMA3_FOLDER MISTRAL_FOLDER SMOLLM2_FOLDER QWEN3_FOLDER
+    python tests/golden/make_chats.py LLAMA3_FOLDER MISTRAL_FOLDER SMOLLM2_FOLDER QWEN3_FOLDER MISTRAL_PREPEND_FOLDER MISTRAL_FIRST_FOLDER
 
 Folders as on the hub: config.json (its model_type at least), tokenizer files, tokenizer_config.json; MISTRAL_FOLDER's
-with "legacy": false. Run by hand, where transformers and protobuf are installed (last: transformers 5.24).
+with "legacy": false. The last two are mistral_json's in test_tokenizers.py. Run by hand, where transformers and protobuf are installed (last: transformers 5.24).
 """
 
 import json
@@ -25,7 +25,7 @@ CHATS = [
 ]
 
 rows = [{"chat": [{"role": role, "content": text} for role, text in chat]} for chat in CHATS]
-for name, folder in zip(["llama3", "mistral", "smollm2", "qwen3"], sys.argv[1:], strict=True):
+for name, folder in zip(["llama3", "mistral", "smollm2", "qwen3", "mistral_prepend", "mistral_first"], sys.argv[1:], strict=True):
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
         copy_tokenizer(folder, copy, chat_template(load_tokenizer(folder), folder))
