@@ -303,7 +303,7 @@ class HubTokenizer:
 
     @functools.cached_property
     def largest_id(self):
-        """Of those that a text, bos or eos can have: special tokens that a fine-tuning tool has added are none of them."""
+        """Of those that a text, bos or eos can have: no padding token that a fine-tuning tool has added, for one."""
         added = self._tokenizer.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special} - {self.bos_id, self.eos_id}
         return max(i for i in self._tokenizer.get_vocab().values() if i not in special)
@@ -359,7 +359,7 @@ BEGIN_WITH_BOS = ("Llama", "CodeLlama", "Gemma", "GPT2")  # classes of tokenizer
 
 
 def _control_ids(path, tokenizer):
-    """(id of bos, or None; id of eos) as the files beside a tokenizer.json name them; their names become control tokens.
+    """(id of bos, or None; id of eos) as the files beside a tokenizer.json name them, which makes them control tokens.
 
     As in transformers special_tokens_map.json comes first where tokenizer_config.json is of its time, and has no
     added_tokens_decoder. No bos: none is named, or add_bos_token is false.
@@ -424,7 +424,9 @@ def load_tokenizer(path):
     return _load_tokenizer_model(model)
 
 
-PROBE = "The key e6395973, in 1996:\n\n  don't  \tGröße naïve, Ёж 你好。 हिन्दी 🙂 $\\frac{1}{2}$ def f(x):\r\n        return x**2"
+# Digits, white space, contractions, scripts and code: what tokenizers differ in.
+PROBE = ("The key e6395973, in 1996:\n\n  don't  \tGröße naïve, Ёж 你好。 हिन्दी 🙂 $\\frac{1}{2}$ "
+         "def f(x):\r\n        return x**2")  # fmt: skip
 
 
 def warn_of_difference(tokenizer, spec, model):
@@ -435,8 +437,8 @@ def warn_of_difference(tokenizer, spec, model):
         print(f"{error}; {spec.name} is taken", file=sys.stderr)
         return
     if not agree:
-        print(f"{model}: gives a text other ids than {spec.name}, which is taken; remove the one that is not the model's",
-              file=sys.stderr)  # fmt: skip
+        print(f"{model}: gives a text other ids than {spec.name}, which is taken; remove the one that is not the "
+              "model's", file=sys.stderr)  # fmt: skip
 
 
 def _load_tokenizer_model(path):

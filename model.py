@@ -167,7 +167,7 @@ class Config:
 
 
 def _windows(raw, n_layers, need, refuse):
-    """Config.windows as transformers reads them: Mistral's in every block, Qwen's where use_sliding_window asks for it."""
+    """Config.windows as transformers has them: Mistral's in every block, Qwen's where use_sliding_window asks for one."""
     uses = {"llama": False, "mistral": True}.get(raw["model_type"], raw.get("use_sliding_window"))
     if uses not in (True, False, None):
         refuse(f"use_sliding_window {uses!r}")
