@@ -192,13 +192,13 @@ def test_auto_takes_the_faster_type(one_rank):
     config = Config.from_folder(GOLDEN / "llama3")
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 576, 1536, 2
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 9, 3, 64
-    batch = [EncodedExample(str(row), [row, *range(1, 96)], [-100] * 64 + list(range(32)), "own") for row in range(8)]
+    batch = [EncodedExample(str(row), [row, *range(1, 96)], [-100] * 64 + list(range(32)), "own") for row in range(4)]
     seconds = {"bf16-mixed": math.inf, "fp32": math.inf}
     models = {precision: build_sharded(config, one_rank, precision) for precision in seconds}
     for model in models.values():
         for param in model.parameters():
             torch.nn.init.normal_(param, std=0.02)
-    for _ in range(5):
+    for _ in range(3):
         for precision, model in models.items():
             began = time.perf_counter()
             train_step(model, batch, 1024)
