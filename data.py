@@ -27,7 +27,7 @@ import codecs
 import collections
 import contextlib
 import csv
-import fcntl
+import errno
 import functools
 import glob
 import gzip
@@ -54,6 +54,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:
+    sys.exit(f"{Path(sys.argv[0]).name}: this system has no file locks (fcntl); run it on Linux, on macOS, or under "
+             "Windows in WSL")  # fmt: skip
+
 
 class DataError(ValueError):
     """Data or settings that cannot be used as they are; the message is one line that says what is wrong and what to do."""
@@ -63,11 +69,14 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 UNFINISHED = set()  # temporary files that are being written
 
 
-def end_on_signals(advice):
+def begin_command(advice):
     """Have Ctrl-C and SIGTERM end this process in one line that ends in the advice, with nothing left half-written.
 
     Under torchrun its ranks end at once instead, and the launcher says why: one that waited for another could not.
+    What a terminal or a log cannot show (its encoding is ASCII, say) is printed as an escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
 
     def end(number, _):
@@ -171,14 +180,34 @@ def locked(path, waiting):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "w")  # noqa: SIM115 (the caller closes it)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                lock(file)
+            except BlockingIOError:
                 if waiting:
                     print(waiting, file=sys.stderr)
                 waiting = ""
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock(file, wait=True)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # a lock of what is gone keeps nobody out
                 return file
+
+
+def lock(file, wait=False):
+    """Take an open file's lock, which ends with the process; BlockingIOError where another has it and this cannot wait.
+
+    On a file system without locks (ENOLCK) a warning, once, says that nothing keeps two processes apart.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        _warn_of_no_locks(os.path.dirname(file.name) or ".")
+
+
+@functools.cache
+def _warn_of_no_locks(folder):
+    print(f"{folder}: its file system has no locks; see that no other process writes there", file=sys.stderr)
 
 
 def json_line(row):
@@ -736,8 +765,8 @@ def download(url, target, lines=None):
     part = target.with_name(target.name + ".part")
     with open(part, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock(file)
+        except BlockingIOError:
             raise DataError(f"{part}: another process is downloading it; wait for it") from None
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -2087,7 +2116,7 @@ def main():
 
 
 if __name__ == "__main__":
-    end_on_signals("give the same command again: downloads go on")
+    begin_command("give the same command again: downloads go on")
     try:
         main()
     except DataError as error:

@@ -38,8 +38,8 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, BaseModel, DataError, Parser, at_hand, encode_example,
-    end_on_signals, flat_file, is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap,
+    DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, BaseModel, DataError, Parser, at_hand, begin_command,
+    encode_example, flat_file, is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap,
     path_from, progress_bar, relative_path, resolve, set_label, slice_size, spelled, split_file, split_files,
     stage_facts, stage_set, start_ids, subjects_of, write_file, write_flat,
 )
@@ -2447,7 +2447,7 @@ fineweb: 78.8 80.0 73.7; 29.3 20.8 20.6 20.7 18.6
 
 
 if __name__ == "__main__":
-    end_on_signals("give the same command again")
+    begin_command("give the same command again")
     try:
         main()
     except (CheckpointError, DataError) as error:

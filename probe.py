@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    DEFAULT_WORDS, DataError, Parser, encode, end_on_signals, load_examples, load_tokenizer, progress_bar,
+    DEFAULT_WORDS, DataError, Parser, begin_command, encode, load_examples, load_tokenizer, progress_bar,
     relative_path, resolve, set_label, spelled, stage_set,
 )
 from evaluate import (
@@ -865,7 +865,7 @@ def draw_recovery(result, title, path):
 
 
 if __name__ == "__main__":
-    end_on_signals("give the same command again")
+    begin_command("give the same command again")
     try:
         main()
     except (CheckpointError, DataError) as error:

@@ -65,8 +65,8 @@ from safetensors import safe_open
 from torch.optim.adamw import adamw
 
 from data import (
-    DEFAULT_WORDS, SETS, SOURCES, STOPPING, BaseModel, DataError, Parser, at_hand, batches, chat_template,
-    copy_tokenizer, encode, end_by, end_on_signals, familiarity, flat_file, is_split, load_examples, load_tokenizer,
+    DEFAULT_WORDS, SETS, SOURCES, STOPPING, BaseModel, DataError, Parser, at_hand, batches, begin_command, chat_template,
+    copy_tokenizer, encode, end_by, familiarity, flat_file, is_split, load_examples, load_tokenizer,
     micro_batches, progress_bar, set_label, stage_facts, was_sorted, write_file,
 )
 from evaluate import (
@@ -1582,7 +1582,7 @@ def say_hours(runs, to_do):
 
 
 if __name__ == "__main__":
-    end_on_signals("no step was made; give the same command again")
+    begin_command("no step was made; give the same command again")
     try:
         main()
     except (CheckpointError, DataError) as error:
