@@ -6,10 +6,12 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import urllib.request
 import zipfile
 from dataclasses import dataclass
@@ -35,7 +37,24 @@ HUB_TOKENIZERS = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="more of what takes long: 50 killed runs instead of 10")
+    parser.addoption("--long", action="store_true", help="also what takes long: tests marked so, and the full form of those that ask for it")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes long, or costs much for what it tells; runs with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes long; run with --long"))
+
+
+@pytest.fixture(scope="session")
+def whole(pytestconfig):
+    """Whether the full form of a test is asked for, with --long."""
+    return pytestconfig.getoption("--long")
 
 
 def fetch_member(package, member, target):
@@ -148,11 +167,37 @@ def python():
     return FORKING.python()
 
 
-def run(cwd, script, *args, ranks=None, ok=True):
-    """Run one of the project's scripts in folder cwd, under torchrun if ranks are given; returns the finished process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else [FORKING.python()]
-    command = [*launcher, str(ROOT / script), *map(str, args)]
+def run(cwd, script, *args, ranks=None, ok=True, torchrun=False):
+    """Run one of the project's scripts in folder cwd, on so many ranks if they are given: under torchrun, which takes seconds to begin, or
+    forked as it would start them; returns the finished process."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if torchrun else [FORKING.python()]
+    command = [*launcher, str(ROOT / script), *map(str, args)]
+    if ranks and not torchrun:
+        done = run_ranks(command, ranks, cwd, env)
+    else:
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert not ok or done.returncode == 0, done.stderr
     return done
+
+
+def run_ranks(command, ranks, cwd, env):
+    """A command as so many ranks of this machine, finished; where one fails, the others are ended."""
+    with socket.socket() as free, tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        free.bind(("localhost", 0))
+        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        start = lambda rank: subprocess.Popen(command, cwd=cwd, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=output, stderr=errors)
+        processes = [start(rank) for rank in range(ranks)]
+        try:
+            deadline = time.monotonic() + 300
+            while None in (statuses := [process.poll() for process in processes]) and not any(statuses):
+                assert time.monotonic() < deadline, "hangs"
+                time.sleep(0.01)
+        finally:
+            for process in processes:
+                process.terminate()
+        statuses = [process.wait(60) for process in processes]
+        for file in (output, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess(command, next(filter(None, statuses), 0), output.read(), errors.read())

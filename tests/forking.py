@@ -8,17 +8,21 @@ import contextlib
 import gc
 import json
 import os
-import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import traceback
+import types
 from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COMPILED = {}  # (path, size, time of its last change) of each script: its code
 
 
 def serve(address):
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path.insert(0, str(ROOT))
     import matplotlib.pyplot  # noqa: F401
     import regex  # noqa: F401
     import tiktoken  # noqa: F401
@@ -26,6 +30,8 @@ def serve(address):
 
     import probe  # noqa: F401
 
+    for script in ROOT.glob("*.py"):
+        COMPILED[state_of(script)] = compile(script.read_bytes(), str(script), "exec")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
@@ -42,6 +48,40 @@ def serve(address):
         connection.close()
 
 
+def state_of(path):
+    return str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns
+
+
+def run_script(path):
+    """Be the module __main__ of a script, as python does."""
+    code = COMPILED.get(state_of(path)) or compile(Path(path).read_bytes(), path, "exec")
+    module = types.ModuleType("__main__")
+    module.__file__ = path
+    sys.modules["__main__"] = module
+    exec(code, module.__dict__)
+
+
+def draw_once():
+    """A picture that is there is not drawn again: for tests that are about something else, and end several times with the same pictures."""
+    from matplotlib.figure import Figure
+
+    draw = Figure.savefig
+
+    def savefig(figure, temporary, **options):
+        path = temporary.with_name(temporary.name.partition(".png")[0] + ".png")
+        if path.exists():
+            shutil.copyfile(path, temporary)
+        else:
+            draw(figure, temporary, **options)
+
+    Figure.savefig = savefig
+
+
+def stream(number, errors):
+    """Python's own stream for a file that is open, as it would begin: whether it can be sought is found out here."""
+    return open(number, "w", buffering=-1 if number == 1 else 1, errors=errors, closefd=False)
+
+
 def become(connection):
     """Be the command that a client asks for, to the end."""
     message, files, _, _ = socket.recv_fds(connection, 2**20, 64)
@@ -51,6 +91,7 @@ def become(connection):
     signal.signal(signal.SIGINT, signal.SIG_IGN if asked["no_sigint"] else signal.default_int_handler)
     for number, file in enumerate(files[:3]):
         os.dup2(file, number)
+    sys.stdout, sys.stderr = stream(1, "strict"), stream(2, "backslashreplace")
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environ"])
@@ -61,7 +102,9 @@ def become(connection):
         os._exit(0)
     status = 0
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if os.environ.get("PICTURES") == "once":
+            draw_once()
+        run_script(sys.argv[0])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

@@ -82,7 +82,7 @@ def plain_loop(work, mix_weight=1, batch_size=5):
 def test_three_steps_equal_the_plain_loop(work, name, ranks, options):
     """Losses and weights of three steps are those of the hand-written loop, whatever the ranks and micro-batches."""
     out = work / "runs" / name
-    run(work, "train.py", *COMMON, "--out", out, *options, ranks=ranks)
+    run(work, "train.py", *COMMON, "--out", out, *options, ranks=ranks, torchrun=name == "two ranks")
     losses, weights = plain_loop(work)
     assert [row["loss"] for row in metrics(out)] == pytest.approx(losses, abs=1e-5)
     trained = load_file(out / "model.safetensors")
@@ -268,7 +268,7 @@ def test_loss_that_is_not_finite(work, ranks):
     save_model(model, broken)
     (broken / "tokenizer.model").write_bytes((work / "models/tiny/tokenizer.model").read_bytes())
     out = work / f"broken-{ranks}"
-    done = run(work, "train.py", *COMMON, "--model", broken, "--out", out, ranks=ranks, ok=False)
+    done = run(work, "train.py", *COMMON, "--model", broken, "--out", out, ranks=ranks, ok=False, torchrun=ranks == 2)
     assert done.returncode == 1 and "kvr-" in done.stderr and "nothing was updated" in done.stderr
     assert metrics(out) == [] and not (out / "run.json").exists()
 
