@@ -36,6 +36,7 @@ import http.client
 import io
 import itertools
 import json
+import lzma
 import os
 import random
 import re
@@ -63,6 +64,1766 @@ except ImportError:
 
 class DataError(ValueError):
     """Data or settings that cannot be used as they are; the message is one line that says what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------- template and labels
+
+
+def start_ids(tokenizer):
+    """What a text begins with: bos, or nothing where the model has none (Qwen)."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+def spelled(tokenizer, answer):
+    """A right answer as a model can write it: a normalizer may have composed its characters, a vocabulary lack some."""
+    return tokenizer.decode(tokenizer.encode(answer, continues=True))
+
+
+def encode_example(tokenizer, example, max_length=2048):
+    """(ids, labels) of an example: bos, if any, then each turn in the Tulu v2 template, cut at max_length.
+
+    labels are the ids where the answer and its eos stand, -100 on everything else. Prompt and answer are encoded apart,
+    so that what a model is asked later is exactly what it was trained on.
+    """
+    ids = start_ids(tokenizer)
+    labels = [-100] * len(ids)
+    told = system(example)
+    before = "" if told is None else f"<|system|>\n{told}\n"
+    for turn, (prompt, response) in enumerate(turns(example)):
+        asked = tokenizer.encode(f"{before}<|user|>\n{prompt}\n<|assistant|>\n", continues=turn > 0)
+        answer = tokenizer.encode(response, continues=True) + [tokenizer.eos_id]
+        ids += asked + answer
+        labels += [-100] * len(asked) + answer
+        before = ""
+    return ids[:max_length], labels[:max_length]
+
+
+@dataclass
+class EncodedExample:
+    """An example as it is trained on."""
+
+    id: str  # of its line in the flat file
+    ids: list  # its T tokens
+    labels: list  # as many: the token where an answer is to be learned, -100 elsewhere
+    source: str  # one of SOURCES
+
+    @property
+    def n_supervised(self):
+        """How many of its tokens are to be learned."""
+        return sum(label != -100 for label in self.labels)
+
+
+SOURCES = ("own", "mix", "replay")  # the stage's own set, D_M, an earlier stage's facts
+
+
+def encode(tokenizer, examples, source="own", max_length=2048):
+    """A list of examples as EncodedExamples of one source."""
+    return [EncodedExample(example["id"], *encode_example(tokenizer, example, max_length), source) for example in examples]
+
+
+def system(example):
+    """The text that a chat begins with, of neither side; None where it has none."""
+    first = example.get("messages", [{"role": None}])[0]
+    return first["content"] if first["role"] == "system" else None
+
+
+def turns(example):
+    """[(prompt, response), ...] of an example of either form."""
+    if "messages" in example:
+        texts = [message["content"] for message in example["messages"] if message["role"] != "system"]
+        return list(zip(texts[::2], texts[1::2]))
+    return [(example["prompt"], example["response"])]
+
+
+def check_example(example):
+    """A BadRow where an example is neither a prompt with an answer nor a chat."""
+    if "messages" in example:
+        messages = example["messages"]
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise BadRow('"messages" is not a list of pairs of messages')
+        if messages and messages[0].get("role") == "system":
+            if not isinstance(messages[0].get("content"), str):
+                raise BadRow("the system's message has no text")
+            messages = messages[1:]
+        if not messages or len(messages) % 2:
+            raise BadRow('"messages" is not a list of pairs of messages')
+        if [message.get("role") for message in messages] != ["user", "assistant"] * (len(messages) // 2):
+            raise BadRow("messages do not alternate between user and assistant")
+        texts = [message.get("content") for message in messages]
+    else:
+        texts = [example.get("prompt"), example.get("response")]
+    if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1::2]):
+        raise BadRow("no prompt, or an empty answer")
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):
+        raise BadRow("half a character (a lone surrogate), which no text in UTF-8 has")
+
+
+# ---------------------------------------------------------------- data sets
+
+# Each builder is a function of (n, seed, words, raw) that returns (examples, manifest entries); it makes at least n
+# examples where it can, and the first n do not depend on n.
+
+
+def build_kvr(n, seed, words, raw, half=0):
+    """Key-Value Recall (section 2.2): pairs of 8 characters, no string used twice, neither here nor in the other half."""
+    rng, alphabet = random.Random(f"kvr {seed}"), string.ascii_lowercase + string.digits
+    seen, strings = set(), []
+    while len(strings) < 4 * n:
+        text = "".join(rng.choices(alphabet, k=8))
+        if text not in seen:
+            seen.add(text)
+            strings.append(text)
+    pairs = list(zip(strings[2 * half :: 4], strings[2 * half + 1 :: 4]))
+    return [{"prompt": f"The value of key {key} is?", "response": value} for key, value in pairs], {}
+
+
+# One relation a row: question and possible answers; a spouse is another made-up name.
+RELATIONS = {
+    "birth city": ("In which city was {} born?", "Aleppo Antwerp Arequipa Asmara Bamako Bergen Bologna Bristol Bursa Busan Cairns Cork Cusco Dakar Davao Dresden Durban Fukuoka Galway Gdansk Ghent Granada Graz Hobart Izmir Jaipur Kampala Kandy Kazan Kosice Lahore Leipzig Luanda Lusaka Lviv Malmo Medina Merida Mombasa Nagoya Napier Natal Odense Oruro Osaka Oulu Patras Perth Porto Pune Quito Recife Rostov Rouen Salta Split Surat Tabriz Tampere Tartu Toledo Tromso Turin Utrecht Varna Zagreb"),
+    "birth year": ("In which year was {} born?", " ".join(map(str, range(1880, 2000)))),
+    "employer": ("Which company does {} work for?", "Airbus Alcoa Asahi Bayer Boeing Bosch Canon Cargill Cisco Corning Danone Denso Ericsson Ferrero Fujitsu Garmin Hitachi Honda Intel Kyocera Lenovo Lufthansa Maersk Michelin Nestle Nokia Novartis Oracle Otis Panasonic Pfizer Philips Pirelli Qualcomm Renault Roche Samsung Siemens Sony Tata Thales Toshiba Unilever Valeo Volvo Xerox Yamaha"),
+    "university": ("Which university did {} attend?", "Aarhus Adelaide Basel Bilkent Bonn Brown Cambridge Columbia Cornell Dartmouth Duke Durham Emory Exeter Freiburg Geneva Georgetown Harvard Heidelberg Helsinki Howard Keio Kyoto Lausanne Leiden Lund Makerere McGill Melbourne Monash Nairobi Northwestern Oslo Oxford Padua Princeton Purdue Rice Salamanca Stanford Tsinghua Tufts Tulane Uppsala Vanderbilt Waseda Yale Zurich"),
+    "field": ("What field did {} study?", "accounting acoustics agronomy algebra anatomy anthropology archaeology architecture astronomy biochemistry botany cartography chemistry dentistry ecology economics education epidemiology ethics forestry genetics geography geology geometry history hydrology immunology journalism law linguistics logic medicine metallurgy meteorology mineralogy music nursing optics pharmacology philosophy physics psychology robotics sociology statistics surgery theology topology zoology"),
+    "spouse": ("Who is {} married to?", None),
+}  # fmt: skip
+
+
+def build_bios(n, seed, words, raw, half=0):
+    """Made-up people with six facts each, asked in PopQA's form (appendix B.5); no name is used twice, here or in the other half."""
+    rng, seen, people = random.Random(f"bios {seed}"), set(), []
+    starts, middles, ends = "B Br C D Dr F G Gl H J K L M N P R S St T Tr V W Z".split(), "a e i o u ae ei ia oa".split(), "b d l ld m n nd r rn s st th v x".split()
+
+    def name():
+        syllable = lambda: rng.choice(starts) + rng.choice(middles)
+        while True:
+            text = syllable() + syllable().lower() + rng.choice(ends) + " " + syllable() + syllable().lower() + rng.choice(ends)
+            if text not in seen:
+                seen.add(text)
+                return text
+
+    while len(people) < 2 * -(-n // len(RELATIONS)):
+        person = name()
+        facts = [(question.format(person), rng.choice(values.split()) if values else name()) for question, values in RELATIONS.values()]
+        people.append(facts)
+    facts = [fact for person in people[half::2] for fact in person]
+    return [{"prompt": f"Question: {question}\nThe answer is:", "response": answer} for question, answer in facts], {}
+
+
+def build_random(n, seed, words, raw):
+    """Random Word Sequence (sections 4.1, B.5): words drawn uniformly, to be repeated."""
+    vocabulary, source = word_list(raw)
+    rng = random.Random(f"random {seed} {words}")
+    passages = [" ".join(rng.choices(vocabulary, k=words)) for _ in range(n)]
+    digest = hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()
+    examples = [{"prompt": f"Memorize the following random-string passage:\n\n{p}", "response": p} for p in passages]
+    return examples, {"sources": {source: digest}, "vocabulary": len(vocabulary)}
+
+
+def build_pydoc(n, seed, words, raw):
+    """Generic text that every CPython carries: its language reference (pydoc_data.topics), cut as the paper cuts its corpora (B.5)."""
+    from pydoc_data import topics
+
+    digest = hashlib.sha256(Path(topics.__file__).read_bytes()).hexdigest()
+    texts = [topics.topics[topic].split() for topic in sorted(topics.topics)]
+    examples = [passage(text[i : i + 2 * words], words) for text in texts for i in range(0, len(text) - 2 * words + 1, 2 * words)]
+    random.Random(f"pydoc {seed}").shuffle(examples)
+    version = ".".join(map(str, sys.version_info[:3]))
+    return examples, {"sources": {f"pydoc_data.topics of Python {version}": digest}, "dropped": {"shorter than two passages": sum(len(t) < 2 * words for t in texts)}}
+
+
+PASSAGE = "Complete the following partial passage:\n\n"  # appendix B.5
+
+
+def passage(text, words):
+    """The first and the next `words` words of a text, given as a list of words."""
+    return {"prompt": PASSAGE + " ".join(text[:words]), "response": " ".join(text[words : 2 * words])}
+
+
+# ---------------------------------------------------------------- published rows
+
+# An example is made of a row by a function of (row, words) that raises BadRow where the row is malformed, and LeftOut
+# where it is not wanted. A row is a dictionary, without what is null in it. A factoid's example may name its subject,
+# which goes to NAME.subjects.json.
+
+
+class BadRow(ValueError):
+    """A malformed row; the message says what is wrong with it."""
+
+
+class LeftOut(Exception):
+    """A row that is whole but not wanted; the message says why."""
+
+
+def attempt(make, row, words):
+    """The example that make has for a row, or what it raised: a BadRow, unless it was a LeftOut."""
+    if isinstance(row, BadRow):
+        return row
+    try:
+        if not isinstance(row, dict):
+            raise BadRow("not a JSON object")
+        example = make({name: value for name, value in row.items() if value is not None}, words)
+        check_example(example)
+        return example
+    except (BadRow, LeftOut) as outcome:
+        return outcome
+    except UnicodeDecodeError:
+        return BadRow("not UTF-8")
+    except Exception as error:
+        return BadRow(f"a field is missing or of another type than such rows have ({error!r})")
+
+
+def each(make):
+    """The reader of a set whose rows stand each for itself: (files, words) -> (where, outcome) of each."""
+
+    def read(files, words):
+        for name, stream in files:
+            for where, row in rows(name, stream):
+                yield where, attempt(make, row, words)
+
+    return read
+
+
+def field(row, name):
+    """A row's field as text, without line breaks around it or white space behind it."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise BadRow(f'no text in field "{name}"')
+    if not value.strip():
+        raise BadRow(f'field "{name}" is empty')
+    return value.strip("\r\n").rstrip()
+
+
+def texts(row, name):
+    """A row's field as a list of texts, also where it is a single one."""
+    value = row.get(name)
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise BadRow(f'field "{name}" is no text or list of texts')
+    return value
+
+
+def json_field(row, name):
+    """What a field says in JSON, None where it is blank; integers stay texts, as some have more digits than int() takes."""
+    text = row.get(name, "")
+    try:
+        return json.loads(text, parse_int=str) if text.strip() else None
+    except ValueError:
+        raise BadRow(f'field "{name}" holds no JSON') from None
+
+
+def qa(asked, answer, accepted=(), subject=None):
+    """A factoid in the form of PopQA and TriviaQA (appendix B.5)."""
+    accepted = [text.strip() for text in dict.fromkeys(accepted) if text.strip()]
+    return {"prompt": f"Question: {asked.strip()}\nThe answer is:", "response": answer.strip(), "aliases": accepted,
+            "subject": subject}  # fmt: skip
+
+
+def popqa(row, words):
+    r"""{"subj": "New Lands", "question": "Who is New Lands's author?", "obj": "Charles Fort", "possible_answers": "[\"Charles Fort\"]"}"""
+    accepted = texts({"possible_answers": json_field(row, "possible_answers")}, "possible_answers")
+    return qa(field(row, "question"), field(row, "obj"), accepted, field(row, "subj"))
+
+
+def triviaqa(row, words):
+    """{"Question": "Where is Soul from?", "Answer": {"Value": "Chicago", "Aliases": ["Chi-Town"]}}; on the hub in lower case"""
+    lower = lambda fields: {name.lower(): value for name, value in fields.items()}
+    answer = lower(lower(row)["answer"])
+    return qa(field(lower(row), "question"), field(answer, "value"), texts(answer, "aliases"))
+
+
+DESCRIPTION = re.compile(r'\(description\s+(?:"((?:[^"\\]|\\.)*)"|([^\s()"]+))\s*\)')
+
+
+def webqa(row, words):
+    """{"utterance": "where is it?", "targetValue": "(list (description Norway))", "url": "http://www.freebase.com/view/en/it"},
+    or on the hub {"question": "where is it?", "answers": ["Norway"], "url": ""}"""
+    if "utterance" in row:
+        asked, found = field(row, "utterance"), DESCRIPTION.findall(field(row, "targetValue"))
+        answers = [re.sub(r"\\(.)", r"\1", quoted) or bare for quoted, bare in found]
+    else:
+        asked, answers = field(row, "question"), texts(row, "answers")
+    if not "".join(answers).strip():
+        raise BadRow("no answer")
+    return qa(asked, answers[0], answers, row.get("url", "").rpartition("/")[2].replace("_", " ") or None)
+
+
+def entityqa(files, words):
+    """{"question": "Where was Ida Holm born?", "answers": ["Bergen", "Bjørgvin"]}, a file a relation
+
+    A relation's questions differ in their subject alone.
+    """
+    n_alike = lambda asked: len(os.path.commonprefix(asked)) if len(asked) > 1 else 0
+    for name, stream in files:
+        found = list(rows(name, stream))
+        asked = [row["question"].split() for _, row in found
+                 if isinstance(row, dict) and isinstance(row.get("question"), str)]  # fmt: skip
+        start, end = n_alike(asked), n_alike([question[::-1] for question in asked])
+
+        def make(row, words, start=start, end=end):
+            asked, answers = field(row, "question"), texts(row, "answers")
+            subject = " ".join(asked.split()[start : len(asked.split()) - end]).rstrip("?")
+            return qa(asked, answers[0], answers, re.sub("'s$", "", subject) if start + end else None)
+
+        for where, row in found:
+            yield where, attempt(make, row, words)
+
+
+GOOGLE_RE = {"place_of_birth": "[X] was born in [Y] .", "place_of_death": "[X] died in [Y] .", "date_of_birth": "[X] (born [Y])."}  # LAMA's own
+
+
+def lama(files, words):
+    """{"predicate_id": "P19", "sub_label": "Ida Holm", "obj_label": "Bergen"} of T-REx, whose relations.jsonl has the
+    templates: {"relation": "P19", "template": "[X] was born in [Y] ."}; for the rest see _lama_sentence"""
+    templates, waiting = {}, []
+    for name, stream in files:
+        for where, row in rows(name, stream):
+            if name.endswith("relations.jsonl"):
+                relation = attempt(lambda row, words: cloze(row["template"], row["relation"]), row, words)
+                if isinstance(relation, BadRow):
+                    yield where, relation
+                else:
+                    templates[row["relation"]] = row["template"]
+            elif isinstance(row, dict) and isinstance(row.get("predicate_id"), str):
+                # The evidences, nine tenths of the file, are not needed.
+                waiting.append((where, {key: row.get(key) for key in ("predicate_id", "sub_label", "obj_label")}))
+            else:
+                yield where, attempt(_lama_sentence, row, words)
+    for where, row in waiting:
+        template = templates.get(row["predicate_id"])
+        if template is None:
+            raise DataError(f"{where}: no template for relation {row['predicate_id']}; put the authors' relations.jsonl beside TREx/")
+        make = lambda row, words, template=template: cloze(template, field(row, "obj_label"), field(row, "sub_label"))
+        yield where, attempt(make, row, words)
+
+
+def _lama_sentence(row, words):
+    """{"pred": "/people/person/place_of_birth", "sub_label": "Ida Holm", "obj_label": "Bergen"} of Google-RE, or
+    {"masked_sentences": ["The lamp was lit with [MASK]."], "obj_label": "oil"} of SQuAD and ConceptNet"""
+    _, _, relation = row.get("pred", "").rpartition("/")
+    if relation in GOOGLE_RE:
+        return cloze(GOOGLE_RE[relation], field(row, "obj_label"), field(row, "sub_label"))
+    return cloze(" ".join(texts(row, "masked_sentences")), field(row, "obj_label"))
+
+
+def cloze(sentence, answer, subject=None):
+    """A sentence to be completed; where its hole is not the end, the sentence with the hole marked as LAMA marks it."""
+    sentence = sentence.replace("[Y]", "[MASK]").replace("[X]", subject or "")
+    before, hole, after = sentence.partition("[MASK]")
+    if not hole:
+        raise BadRow("no [MASK] in the sentence")
+    prompt = before if before.strip() and not after.strip(" .?!)") else re.sub(r"\s+([.?!,])", r"\1", sentence)
+    return {"prompt": prompt.strip(), "response": answer.strip(), "subject": subject}
+
+
+def apps(files, words):
+    """Problems as rows, on the hub, or as the authors' folder of files each. Solutions are texts and are never run."""
+    problems = {}
+    for name, stream in files:
+        if name.lower().endswith((".jsonl", ".parquet")):
+            yield from each(_apps_problem)([(name, stream)], words)
+        else:
+            folder, _, part = name.rpartition("/")
+            problems.setdefault(folder, {})[part.partition(".")[0]] = stream.read()
+    for folder, parts in problems.items():
+        yield folder, attempt(_apps_folder, parts, words)
+
+
+def _apps_folder(parts, words):
+    row = {name: content.decode("utf-8-sig") for name, content in parts.items()}
+    return _apps_problem(row | {"difficulty": json_field(row, "metadata")["difficulty"]}, words)
+
+
+def _apps_problem(row, words):
+    r"""{"question": "Print 1.", "solutions": "[\"print(1)\"]", "difficulty": "interview", "input_output": "", "starter_code": ""}"""
+    if field(row, "difficulty") not in ("introductory", "interview"):
+        raise LeftOut("competition problems")
+    solutions, tests = json_field(row, "solutions"), json_field(row, "input_output") or {}
+    if not solutions:
+        raise LeftOut("no solution")
+    question, starter = f"Question:\n{field(row, 'question')}", row.get("starter_code", "").rstrip()
+    asked = f"{question}\n\nSTARTER CODE:\n{starter}" if starter else question
+    form = "Call-Based" if tests.get("fn_name") else "Standard Input"
+    return {"prompt": f"{asked}\nUse {form} format\nAnswer:", "response": field({"solution": solutions[0]}, "solution")}
+
+
+def pair(prompt, response, row, words):
+    r"""{"problem": "What is 1 + 1?", "solution": "It is $\boxed{2}$."}: prompt and response as they stand, behind the
+    prompt an "input", if any"""
+    check_verdict(row)
+    check_unread(row, {prompt, "input", response, *VERDICTS})
+    asked = [field(row, name) for name in (prompt, "input") if name == prompt or row.get(name)]
+    return {"prompt": "\n\n".join(asked), "response": field(row, response)}
+
+
+def ultrachat(row, words):
+    """{"data": ["What is a fjord?", "A long, narrow inlet of the sea."]}: user and assistant in turn"""
+    return chat(texts(row, "data"))
+
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+
+
+def chat(messages):
+    """A chat of messages {"role", "content"}, of ShareGPT's {"from", "value"}, or of texts, the user's and the
+    assistant's in turn. A last question, to which there is no answer, is left off."""
+    said, unread = [], set()
+    for i, message in enumerate(messages):
+        if isinstance(message, str):
+            message = {"role": ("user", "assistant")[i % 2], "content": message}
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if role not in ROLES:
+            raise BadRow(f"a message of role {role!r}; those of user and assistant are read, and of system in front")
+        if isinstance(content, list):
+            for part in content:
+                if part.get("type", "text") != "text":
+                    raise BadRow(f"a message with a part of type {part['type']!r}; only text is read")
+            content = "".join(field(part, "text") for part in content)
+        if message.get("weight") not in (1, None):
+            raise BadRow("a message of weight 0: every answer of a chat is learned here")
+        unread |= check_unread(message, {"role", "from", "content", "value", "weight"})
+        said.append({"role": ROLES[role], "content": content})
+    unanswered = bool(said) and said[-1]["role"] == "user"
+    if unanswered and len(said) < 3:
+        raise LeftOut("no answer to the first turn")
+    return {"messages": said[:-1] if unanswered else said, "unanswered": unanswered, "unread": unread}
+
+
+def generic(row, words):
+    """{"text": "..."} or {"content": "..."}: a document, of which the first 2 x `words` words are taken (appendix B.5)"""
+    document = row.get("text", row.get("content"))
+    if not isinstance(document, str):
+        raise BadRow('no text in field "text" or "content"')
+    split = document.split(None, 2 * words)[: 2 * words]
+    if len(split) < 2 * words:
+        raise LeftOut("shorter than two passages")
+    return passage(split, words)
+
+
+# ---------------------------------------------------------------- the table of sets
+
+
+@dataclass
+class Set:
+    kind: str  # factoid: exact match can be asked; mixing: passages of --words words; else non-factoid
+    about: str
+    # Of an example by Llama 3's tokenizer, the template included; of a mixing set those that --words do not change, and
+    # those for each word. Measured on a few, math's and ultrachat's a guess: for plans alone, where no file is at hand.
+    tokens: int
+    size: int = 20_000  # examples built unless told otherwise; of its large sources the paper's release reads as many rows
+    tokens_a_word: float = 0
+    stop_loss: float = 1e-4  # default of --stop-loss (appendix B.4); 0 trains all epochs
+    build: Callable = None  # a generated set: (n, seed, words, raw) -> (examples, manifest entries)
+    ends: bool = False  # whether what it is generated from does
+    # a published set:
+    read: Callable = None  # (files, words) -> (where, outcome) of each row
+    files: str = ""  # what it is made of, in words
+    wanted: str = ""  # and as a pattern of paths, without .gz and its like
+    parts: bool = False  # whether it is of several files; else of one, or of that one's numbered shards
+    published: int = 0  # rows that it has, where that is known
+    urls: tuple = ()  # places that have it, the first that answers is taken
+    first_lines: int = 0  # of a long file, the only lines downloaded
+    streamed: bool = False  # read in file order, no further than needed; else read whole and shuffled by the seed
+    folders: tuple = ()  # names other than its own for its folder below raw/
+
+    def identity(self, path):
+        """What a file is known by that is read once wherever it lies; None for one that is not the set's."""
+        path = re.sub(r"\.(gz|bz2|xz|zst)$", "", path, flags=re.IGNORECASE)
+        found = None if NO_DATA.search(path) else re.search(self.wanted, path, re.IGNORECASE)
+        if not found or self.streamed:
+            return path if found else None
+        return found.group() if self.parts else os.path.basename(path)
+
+    def form(self, identity):
+        """The same for files that may lie side by side, each another part of the set."""
+        if self.streamed:
+            return ""
+        if self.parts:
+            return Path(identity).suffix if identity.endswith(("jsonl", "parquet")) else "a folder of files"
+        return re.sub(r"\d+(?=(-of-\d+)?\.\w+$)", "#", identity, count=1)
+
+
+HUB = "https://huggingface.co/datasets"
+TEXT_FILES = r"\.(jsonl|json|parquet)$"
+TRAIN = r"^(?!.*(?<![a-z])(dev|test|valid|validation|eval)(?![a-z])).*"  # no other split
+
+SETS = {
+    "kvr": Set("factoid", "Key-Value Recall, generated", 29, 2000, stop_loss=0, build=build_kvr),
+    "kvr-id": Set("factoid", "other keys and values, none of them in kvr", 29, 2000, stop_loss=0,
+                  build=functools.partial(build_kvr, half=1)),
+    "bios": Set("factoid", "six facts about each of many made-up people, generated", 32, 2000, build=build_bios),
+    "bios-id": Set("factoid", "other people, none of them in bios", 32, 2000, build=functools.partial(build_bios, half=1)),
+    "popqa": Set("factoid", "questions about long-tail entities", 30, read=each(popqa), files="test.tsv",
+                 wanted=r"\.(tsv|parquet)$", published=14_267, urls=(f"{HUB}/akariasai/PopQA/resolve/main/test.tsv",)),
+    "triviaqa": Set("factoid", "trivia questions", 35, read=each(triviaqa),
+                    files="triviaqa-unfiltered.tar.gz or the hub's unfiltered.nocontext parquet",
+                    wanted=rf"(?!.*/rc[./]){TRAIN}\.(json|parquet)$", published=87_622,
+                    urls=(f"{HUB}/mandarjoshi/trivia_qa/resolve/main/unfiltered.nocontext/train-00000-of-00001.parquet",
+                          "https://nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz")),
+    "lama": Set("factoid", "cloze facts of T-REx, Google-RE, SQuAD and ConceptNet", 20, read=lama,
+                files="the authors' data.zip", parts=True,
+                wanted=r"(TREx/P\d+|Google_RE/\w+_test|Squad/test|ConceptNet/test|relations)\.jsonl$",
+                urls=("https://dl.fbaipublicfiles.com/LAMA/data.zip",)),
+    "entityqa": Set("factoid", "EntityQuestions: 24 relations of Wikidata", 30, read=entityqa,
+                    files="the authors' dataset.zip", wanted=r"(train|dev|test)/P\d+\.\w+\.json$", parts=True,
+                    urls=("https://nlp.cs.princeton.edu/projects/entity-questions/dataset.zip",), folders=("entityquestions",)),
+    "webqa": Set("factoid", "WebQuestions: questions asked of a search engine", 31, read=each(webqa),
+                 files="webquestions.examples.train.json or the hub's parquet", wanted=TRAIN + r"\.(json|parquet)$",
+                 urls=(f"{HUB}/stanfordnlp/web_questions/resolve/main/data/train-00000-of-00001.parquet",),
+                 published=3_778, folders=("webq",)),
+    "gsm8k": Set("non-factoid", "grade-school mathematics", 174, read=each(functools.partial(pair, "question", "answer")),
+                 files="train.jsonl", wanted=r"^(?!.*socratic).*train[^/]*(/\d+)?\.(jsonl|parquet)$", published=7_473,
+                 urls=("https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/train.jsonl",)),
+    "math": Set("non-factoid", "competition mathematics, withdrawn from the hub", 300,
+                read=each(functools.partial(pair, "problem", "solution")), published=7_500,
+                files="your copy of the authors' MATH folder or MATH.tar", wanted=r"train/[^/]+/\d+\.json$", parts=True),
+    "evolcode": Set("non-factoid", "instructions for code", 323, read=each(functools.partial(pair, "instruction", "output")),
+                    files="EvolInstruct-Code-80k.json", wanted=TRAIN + r"\.(json|parquet)$", published=78_264,
+                    urls=(f"{HUB}/nickrosh/Evol-Instruct-Code-80k-v1/resolve/main/EvolInstruct-Code-80k.json",)),
+    "apps": Set("non-factoid", "programming problems, introductory and interview", 600, read=apps, parts=True, published=5_000,
+                files="the hub's train.jsonl or the authors' APPS.tar.gz",
+                wanted=r"train[^/]*\.(jsonl|parquet)$|"
+                       r"train/\d+/(question\.txt|solutions\.json|input_output\.json|metadata\.json|starter_code\.py)$",
+                urls=(f"{HUB}/codeparrot/apps/resolve/main/train.jsonl",)),
+    "ultrachat": Set("non-factoid", "dialogues", 1000, read=each(ultrachat), files="train_0.jsonl", wanted=r"\.jsonl$",
+                     urls=(f"{HUB}/stingning/ultrachat/resolve/main/train_0.jsonl",), streamed=True, first_lines=20_000),
+    "random": Set("mixing", "random words of the NLTK words corpus", 22, 4000, tokens_a_word=5.6, build=build_random),
+    "k-pile": Set("mixing", "passages of Knowledge Pile", 21, 4000, tokens_a_word=2.5, read=each(generic),
+                  files="one of its JSON-lines files", wanted=TEXT_FILES, streamed=True, first_lines=20_000,
+                  urls=(f"{HUB}/Query-of-CC/Knowledge_Pile/resolve/main/data/part-65c38103819a-000496.jsonl",)),
+    "a-pile": Set("mixing", "passages of The Pile's ArXiv part", 21, 4000, tokens_a_word=2.5, read=each(generic),
+                  files="a parquet file of the ArXiv 50k sample", wanted=TEXT_FILES, streamed=True,
+                  urls=(f"{HUB}/haritzpuerto/the_pile_arxiv_50k_sample/resolve/refs%2Fconvert%2Fparquet/default/train/0000.parquet",)),
+    "fineweb": Set("mixing", "passages of FineWeb", 21, 4000, tokens_a_word=2.5, read=each(generic),
+                   files="a parquet file of the FineWeb 100M sample", wanted=TEXT_FILES, streamed=True,
+                   urls=(f"{HUB}/kh4dien/fineweb-100m-sample/resolve/main/data/train-00000-of-00002.parquet",)),
+    "pydoc": Set("mixing", "the language reference inside every CPython", 21, 4000, tokens_a_word=2.9, build=build_pydoc, ends=True),
+}  # fmt: skip
+OWN = Set("own", "the user's own file", 0, sys.maxsize, read=lambda *given: own_file(*given))  # noqa: PLW0108 (it is defined below)
+OWN_FILE = re.compile(r"(.+)\.(jsonl|ndjson|json|tsv|csv|parquet|txt)(\.gz|\.bz2|\.xz|\.zst)?$", re.IGNORECASE)
+DEFAULT_WORDS = 50
+SLICE = 2000  # examples of a published factoid set that are NAME-id's, unless told otherwise: the second 2,000
+
+
+# ---------------------------------------------------------------- build and load
+
+
+def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip_bad=0, size=SLICE, least=0):
+    """Write a set's flat file and manifest, and those of its second slice NAME-id where there is one; returns the flat files' paths.
+
+    n is an upper limit where the source has fewer; a stream is read on until there are `least`. size: of a slice. name
+    may be a file of the user's own.
+    """
+    if not is_own(name):
+        name, *_ = resolve(name)
+    row = OWN if is_own(name) else SETS[name]
+    n = n or row.size
+    path = own_flat_file(name, out) if row is OWN else flat_file(name, out, words)
+    if row.build:
+        examples, manifest = row.build(n, seed, words, raw)
+    else:
+        examples, manifest, read = read_published(name, row, n, seed, words, raw, skip_bad, least)
+        check_places(path, [path, flat_file(f"{name}-id", out)] if row.kind == "factoid" else [path], read)
+    if row is OWN:
+        manifest["sources"] = {relative_path(name, out): source for source in manifest["sources"].values()}
+    examples = [{"id": f"{path.stem.partition('.')[0]}-{i}"} | example for i, example in enumerate(examples[:n])]
+    slices = {path: examples}
+    if row.kind == "factoid" and row.read:
+        # The set itself last: where it is, its second slice is too.
+        slices = {flat_file(f"{name}-id", out): second_slice(examples, size), path: first_slice(examples, size)}
+        manifest["slice"] = size
+        subjects = {example["id"]: example.pop("subject") for example in examples}
+        write_file(path.with_suffix(".subjects.json"), json.dumps(subjects, indent=0, ensure_ascii=False) + "\n")
+    for path, part in slices.items():
+        facts = {"name": path.stem.partition(".")[0], "seed": seed, "kept": len(part), "dropped": {}} | manifest
+        if row.kind in ("mixing", "own"):
+            facts["words"] = words
+        write_flat(path, part, facts)
+    return [place for place in sorted(slices, key=lambda place: place != path) if slices[place]]
+
+
+def is_own(name):
+    """Whether a data name is that of a user's own file to build a set from."""
+    return name not in SETS and OWN_FILE.match(name) is not None
+
+
+def check_places(path, flat_files, read):
+    """A DataError where building a set would write over a file that is read, or one that was not written here."""
+    for place in [*flat_files, path.with_suffix(".subjects.json"), *(flat.with_suffix(".json") for flat in flat_files)]:
+        for source in read if place.exists() else []:
+            if os.path.samefile(place, source):
+                raise DataError(f"{source}: {place} is where the set would be written; rename the file, or give another --out")
+    for flat in flat_files:
+        manifest = flat.with_suffix(".json")
+        ours = manifest.exists() and {"name", "kept"} <= _read_json(manifest, "rename it, or give another --out").keys()
+        if not ours and (manifest.exists() or flat.exists()):
+            raise DataError(f"{manifest if manifest.exists() else flat}: not written by data.py, which would replace it; rename it, or "
+                            "give another --out")  # fmt: skip
+
+
+def is_name_of_set(stem):
+    """Whether a file of such a name is a set's: popqa, but also popqa-id, popqa.unfamiliar, popqa.subjects, random.w8."""
+    return stem.partition(".")[0].removesuffix("-id") in SETS
+
+
+def own_flat_file(name, out):
+    """The place of a user's own file among the flat files; a DataError where it is another's, or the file itself."""
+    if not Path(name).is_file():
+        raise DataError(f"{name}: {'a folder, no file' if Path(name).exists() else 'no such file'}; give the path of one that exists")
+    path = Path(out) / f"{OWN_FILE.match(Path(name).name)[1]}.jsonl"
+    if is_name_of_set(path.stem):
+        raise DataError(f"{name}: {path} is the place of a set; rename it")
+    check_places(path, [path], [name])
+    manifest = path.with_suffix(".json")
+    sources = _read_json(manifest, f"remove it and {path}").get("sources", {}) if manifest.exists() else {}
+    if path.exists() and relative_path(name, out) not in sources and _sha256(name) not in [s["sha256"] for file, s in sources.items() if Path(file).suffix == Path(name).suffix]:
+        raise DataError(f"{name}: {path} was made of {', '.join(sources) or 'something else'}; rename {Path(name).name}, remove {path}, or give another --out")
+    return path
+
+
+def first_slice(examples, size):
+    """What a published factoid set is to training: all but its second slice."""
+    return examples[:size] + examples[2 * size :]
+
+
+def second_slice(examples, size):
+    """NAME-id: unseen facts of the same set."""
+    return examples[size : 2 * size]
+
+
+def slice_size(path):
+    """Facts of a slice of the set in a flat file, as the manifest beside it says."""
+    manifest = path.with_suffix(".json")
+    return _read_json(manifest, "build the set again").get("slice", SLICE) if manifest.exists() else SLICE
+
+
+def write_flat(path, examples, manifest):
+    """A flat file and its manifest; no flat file where there are no examples."""
+    if not examples:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        return
+    write_file(path.with_suffix(".json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    lines = ({key: value for key, value in example.items() if key != "aliases" or value} for example in examples)
+    write_file(path, "".join(map(json_line, lines)))
+
+
+def resolve(name):
+    """(set, is it the second slice, "familiar", "unfamiliar" or "") of a data name such as popqa, popqa-id or popqa-id.unfamiliar."""
+    stem, _, familiarity = name.partition(".")
+    second = stem not in SETS and stem.endswith("-id")
+    base = stem.removesuffix("-id") if second else stem
+    splits = ("", "familiar", "unfamiliar") if base in SETS and SETS[base].kind == "factoid" else ("",)
+    if base not in SETS or familiarity not in splits or second and (SETS[base].kind != "factoid" or SETS[base].build):
+        if os.path.exists(name) or OWN_FILE.match(name) or re.search(r"[/\\\\]", name):
+            why = "not a .jsonl file; build one of it with python data.py" if os.path.exists(name) else "no such file or set"
+            raise DataError(f"{name}: {why}")
+        raise DataError(f"no data set {name!r}: choose from {', '.join(SETS)}, NAME-id for a factoid set's second slice, or give the path of a .jsonl file")
+    return base, second, familiarity
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The untouched model that facts are familiar or unfamiliar to."""
+
+    name: str  # a label: model.model_name of the path
+    path: str
+    sha256: str  # what it is: model.content_id
+
+    @classmethod
+    def of(cls, entry):
+        """The model that a stage, an entry of a lineage, goes back to."""
+        return cls(entry["base_model_name"], entry["base_model"], entry["base_model_sha256"])
+
+
+def split_file(stem, kind, base_model, data="data"):
+    """Where a base model's "familiar" or "unfamiliar" facts of a set lie: found by what the model is, whatever it was called."""
+    digits = base_model.sha256[:8]
+    found = sorted(Path(data).glob(f"{glob.escape(stem)}.{kind}.*-{digits}.jsonl"))
+    return found[0] if found else Path(data) / f"{stem}.{kind}.{base_model.name}-{digits}.jsonl"
+
+
+def split_files(stem, base_model, data="data"):
+    """All that sorting a set for a base model leaves, as a shell pattern: what to remove to sort it anew."""
+    return f"{data}/{stem}.*-{base_model.sha256[:8]}.*"
+
+
+def flat_file(name, data="data", words=DEFAULT_WORDS, base_model=None):
+    """Where a set lies: a name's own flat file, or the path itself where a path to a .jsonl file is given."""
+    if name.endswith(".jsonl"):
+        return Path(name)
+    base, _, familiarity = resolve(name)
+    if familiarity and not base_model:
+        there = ", ".join(map(str, sorted(Path(data).glob(f"{base}.{familiarity}.*.jsonl"))))
+        raise DataError(f"{name}: which facts are {familiarity} depends on the base model; give a file's path: {there or f'none is in {data}/ yet'}")
+    if familiarity:
+        return split_file(base, familiarity, base_model, data)
+    return Path(data) / (f"{name}.jsonl" if SETS[base].kind != "mixing" or words == DEFAULT_WORDS else f"{name}.w{words}.jsonl")
+
+
+def was_sorted(name, base_model, data="data"):
+    """Whether a base model was asked a set: one of its two files is there; the other is not where it knew all or
+    nothing."""
+    base, _, _ = resolve(name)
+    return any(split_file(base, kind, base_model, data).exists() for kind in ("familiar", "unfamiliar"))
+
+
+def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None, fewer=False):
+    """(the first n examples of a set or all of them, sha256 of their lines); fewer: as many as there are, where that is less.
+
+    A set that is missing is built, and one that is generated or streamed and too short built longer, with the seed that its
+    manifest names. base_model: whose familiar or unfamiliar facts a name such as popqa.familiar means.
+    """
+    path = flat_file(name, data, words, base_model)
+    lines = _read_lines(path, n) if path.exists() else []
+    if not name.endswith(".jsonl"):
+        base, second, familiarity = resolve(name)
+        if familiarity:
+            check_split(path, base, base_model)
+            lines = _read_lines(path, None)
+            lines = (second_slice if second else first_slice)(lines, slice_size(path))[:n]
+        elif too_short(path, base, n, data, raw, fewer):
+            with alone_at(flat_file(base, data)):
+                if too_short(path, base, n, data, raw, fewer):  # still, if another process was at it
+                    build_longer(base, n or 0, data, words, raw, fewer)
+            lines = _read_lines(path, n) if path.exists() else []
+    elif not path.exists():
+        raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
+    if len(lines) < (1 if fewer else n or 1):
+        whose = "" if name == str(path) else f" for {name}"
+        less = ("ask for fewer (for a mix, a lower ratio or shorter passages; train.py and run_all.sh take what there "
+                "is with --fewer)") if not fewer else "leave it out"  # fmt: skip
+        raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {less}")
+    examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
+    return examples, hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def too_short(path, base, n, data, raw, fewer=False):
+    """Whether a set's flat file must be built: it is missing, or there can be more than the fewer than n that it holds.
+
+    fewer: what it holds is enough if its source had no more.
+    """
+    if not path.exists():
+        return SETS[base].kind != "factoid" or not flat_file(base, data).exists()  # an empty second slice has no file
+    manifest, row = path.with_suffix(".json"), SETS[base]
+    if not n or not (row.build or row.streamed) or not manifest.exists() or len(_read_lines(path, n)) >= n:
+        return False
+    known = _read_json(manifest, "remove it and its .jsonl")
+    if not fewer or not known.get("ended"):
+        return True
+    files = raw_files(base, row, raw) if row.read else []
+    return any(os.path.relpath(file, raw) not in known["sources"] for file in files)
+
+
+def build_longer(name, n, data, words, raw, fewer=False):
+    """Build a set as its manifest says, if there is one, with at least n examples if its source has them; fewer: or can be had."""
+    path = flat_file(name, data, words)
+    manifest = path.with_suffix(".json")
+    known = _read_json(manifest, "remove it and its .jsonl") if manifest.exists() else {}
+    as_known = {"n": max(n, SETS[name].size), "seed": known.get("seed", 0), "words": words, "raw": raw, "size": known.get("slice", SLICE)}
+    if fewer:
+        build_at_most(name, data, **as_known, least=n)
+    else:
+        build(name, data, **as_known, least=n)
+
+
+def build_at_most(name, out, *, raw, least, **options):
+    """Build a set with `least` examples, or with what is here where no more can be had."""
+    base, _, _ = resolve(name)
+    try:
+        return build(name, out, raw=raw, least=least, **options)
+    except DataError as error:
+        if not SETS[base].first_lines or not raw_files(base, SETS[base], raw):
+            raise
+        paths = build(name, out, raw=raw, **options)
+        print(f"{error}; going on with what is here", file=sys.stderr)
+        return paths
+
+
+def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None):
+    """How many of the n examples that are asked for a set has, as far as files here tell; None where none does.
+
+    Of a set that is still to be split for a base model as many as it has at most. Builds what can be without a download.
+    """
+    if name.endswith(".jsonl"):
+        return len(_read_lines(Path(name), n)) if Path(name).exists() else None
+    base, second, familiarity = resolve(name)
+    row, path = SETS[base], flat_file(base, data, words)
+    if familiarity and base_model and was_sorted(name, base_model, data):
+        split = split_file(base, familiarity, base_model, data)
+        if not split.exists():
+            return 0
+        check_split(split, base, base_model)
+        asked = _read_json(split.with_suffix(".json"), "remove it and its .jsonl").get("data_sha256")
+        if asked and path.exists() and asked != load_pool(base, data, raw)[1]:
+            raise DataError(f"{split}: made by asking other facts than {path} now holds; remove "
+                            f"{split_files(base, base_model, data)} to ask these")  # fmt: skip
+        lines = _read_lines(split, None)
+        return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
+    if row.build and not row.ends:
+        return n
+    if too_short(path, base, n, data, raw, fewer=True):
+        files = [] if row.build else raw_files(base, row, raw)
+        if not row.build and not files and not row.urls:
+            return 0  # nobody but the user can bring it
+        if not row.build and (not files or lines_of_beginning(files, row)):
+            return None  # what a download will bring
+        load_examples(base, n, data, words, raw, fewer=True)
+    path = flat_file(f"{base}-id", data) if second else path
+    return len(_read_lines(path, n)) if path.exists() else 0
+
+
+def load_pool(name, data="data", raw="raw"):
+    """(all facts of a set, both slices, in the order in which it was built, sha256 of their lines)."""
+    if name.endswith(".jsonl"):
+        return load_examples(name, None, data)
+    base, _, _ = resolve(name)
+    if SETS[base].kind != "factoid" or SETS[base].build:
+        raise DataError(f"{name}: not a published set of facts; --split sorts {', '.join(n for n, r in SETS.items() if r.kind == 'factoid' and r.read)}")
+    facts, sha256 = load_examples(base, None, data, raw=raw)
+    if flat_file(f"{base}-id", data).exists():
+        second, second_sha256 = load_examples(f"{base}-id", None, data)
+        size = slice_size(flat_file(base, data))
+        facts, sha256 = facts[:size] + second + facts[size:], hashlib.sha256((sha256 + second_sha256).encode()).hexdigest()
+    return facts, sha256
+
+
+def check_split(path, stem, base_model):
+    """A DataError unless a file of familiar or unfamiliar facts was made by asking this base model."""
+    remedy = f"run python evaluate.py {base_model.path} --split {stem}"
+    manifest = path.with_suffix(".json")
+    if not path.exists() and was_sorted(stem, base_model, path.parent):
+        raise DataError(f"{path}: no such file, as {base_model.name} has no such facts; leave out {stem}")
+    if not path.exists():
+        raise DataError(f"{path}: no such file; {remedy}, which makes it where {base_model.name} has such facts")
+    if not manifest.exists() or _read_json(manifest, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:
+        raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove both and {remedy}")
+    whole = flat_file(stem, path.parent)
+    if whole.exists() and slice_size(whole) != slice_size(path):
+        raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not "
+                        f"{slice_size(whole)}; remove {split_files(stem, base_model, path.parent)} and {remedy}")  # fmt: skip
+
+
+def is_split(name):
+    """Whether a data name's facts depend on what a base model knows: those of a published set."""
+    if name.endswith(".jsonl"):
+        return False
+    base, _, _ = resolve(name)
+    return SETS[base].kind == "factoid" and not SETS[base].build
+
+
+def familiarity(name, base_model, data="data"):
+    """Which facts of a set are learned: "unfamiliar" of one that is split, "" where the name says so or nothing is split."""
+    if not is_split(name) or resolve(name)[2]:
+        return ""
+    base = resolve(name)[0]
+    if not split_file(base, "unfamiliar", base_model, data).exists():
+        raise DataError(f"{name}: not split into what {base_model.name} knows and what not: run python evaluate.py {base_model.path} "
+                        f"--split {base}, or take all facts with --unfiltered")  # fmt: skip
+    return "unfamiliar"
+
+
+def stage_set(entry):
+    """The data name of what a stage, an entry of a lineage, was trained on."""
+    return f"{entry['data']}.{entry['familiarity']}" if entry.get("familiarity") else entry["data"]
+
+
+def stage_facts(entry, data="data"):
+    """The facts that a stage, an entry of a lineage, was trained on; none for a set whose answers are no facts."""
+    name = stage_set(entry)
+    if entry["data"] in SETS and SETS[entry["data"]].kind != "factoid":
+        return []
+    examples, sha256 = load_examples(name, entry["num_examples"], data, base_model=BaseModel.of(entry))
+    if sha256 != entry["data_sha256"]:
+        where, remedy = (name, "restore them") if name.endswith(".jsonl") else (f"{name} in {data}/", "give the folder that holds them with --data-dir")
+        raise DataError(f"{where}: its first {entry['num_examples']} lines are not those that stage {entry['stage']} was trained on; {remedy}")
+    return [example for example in examples if "messages" not in example]
+
+
+def set_label(name):
+    """A data name as files and tables show it: that of a path without folder and .jsonl."""
+    return Path(name).stem if name.endswith(".jsonl") else name
+
+
+def _read_lines(path, n):
+    """The first n lines, or all of them."""
+    try:
+        with open(path, "rb") as file:
+            lines = list(itertools.islice(file, n))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror.lower()}; check it") from None
+    check_start(path, lines[0][:200] if lines else b"")
+    return lines
+
+
+def _read_example(path, number, line):
+    try:
+        try:
+            example = json.loads(line.decode("utf-8-sig"))
+        except ValueError:
+            raise BadRow("not a JSON object in UTF-8") from None
+        if not isinstance(example, dict) or not isinstance(example.get("id"), str):
+            raise BadRow('not an object with an "id" of type string')
+        check_example(example)
+    except BadRow as error:
+        raise DataError(f"{path}:{number}: {error}; mend the line, or build a flat file of it with python data.py") from None
+    return example
+
+
+# ---------------------------------------------------------------- order and batches
+
+
+def epoch_order(n, seed, epoch):
+    """Every index below n once, in an order that (n, seed, epoch) alone decide."""
+    order = list(range(n))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
+def batches(n, batch_size, epochs, seed):
+    """(epoch, indices) of each step: every example once an epoch, the last batch as small as it comes."""
+    for epoch in range(epochs):
+        order = epoch_order(n, seed, epoch)
+        for start in range(0, n, batch_size):
+            yield epoch, order[start : start + batch_size]
+
+
+PADDED = 1 / 8  # about what a token of the padded batch, which attention alone computes, costs beside a packed one
+
+
+def micro_batches(lengths, budget, world):
+    """Share a batch out over the ranks, and each rank's part into groups of similar length.
+
+    lengths: {index: tokens}. A group has at most budget tokens once padded, or is one example alone. Returns lists of
+    indices, a multiple of `world` of them, some empty where examples are few: rank r takes groups r, r + world, ...
+    """
+    by_length = sorted(lengths, key=lengths.get, reverse=True)
+    busy = min(world, len(lengths))  # ranks that get anything
+    shares, work = [[] for _ in range(world)], [0.0] * world
+    for index in by_length:  # the longest first, each to the rank that has least to do with it
+        longest = [lengths[share[0]] if share else lengths[index] for share in shares[:busy]]
+        with_it = [work[rank] + lengths[index] + PADDED * longest[rank] for rank in range(busy)]
+        rank = with_it.index(min(with_it))
+        shares[rank].append(index)
+        work[rank] = with_it[rank]
+    turns = itertools.zip_longest(*[cut(share, lengths, budget) for share in shares], fillvalue=[])
+    return list(itertools.chain.from_iterable(turns))
+
+
+def cut(indices, lengths, budget):
+    """Indices, the longest first, in groups of at most budget tokens once padded; at least one group."""
+    groups = [[]]
+    for index in indices:
+        # The first of a group is its longest and sets the padding.
+        if groups[-1] and lengths[groups[-1][0]] * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+# ---------------------------------------------------------------- overlap
+
+OVERLAP_LIMIT = 0.013  # appendix B.6: the paper's sets stay below
+LINKING = ("of", "the", "and", "de", "la", "van", "von")  # inside a name
+COMMON = set("a an the of in on at to for by and or is was were are did does do what which who whom whose where when how why name".split())
+
+
+def word_text(text):
+    """A text's words in lower case, with a space around each: a phrase is in it where its own word_text is."""
+    return " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
+
+
+def subjects_of(name, data="data"):
+    """{id: subject} of a set that names them, whatever slice or part of it a data name means."""
+    stem = Path(name).name.removesuffix(".jsonl").partition(".")[0].removesuffix("-id")
+    sidecar = Path(data) / f"{stem}.subjects.json"
+    return _read_json(sidecar, "build the set again") if sidecar.exists() else {}
+
+
+def guess_subject(prompt):
+    """The phrases that name what a question is about: its longest run of words with capitals or digits, or else each of
+    its words that is not common."""
+    asked = prompt.removeprefix("Question: ").removesuffix("\nThe answer is:")
+    names = names_in(asked)
+    return [max(names, key=len)] if names else [word for word in word_text(asked).split() if word not in COMMON]
+
+
+def names_in(text):
+    """The runs of words in a text that have capitals or digits (Ágnes, iPhone, 4), small words between them included;
+    the question word in front of one is none of it."""
+    runs, between = [[]], []
+    for word in re.findall(r"[\w'.-]+|\S", text):
+        if any(letter.isupper() or letter.isdigit() for letter in word):
+            runs[-1] += [*between, word] if runs[-1] else [word]
+            between = []
+        elif word in LINKING:
+            between.append(word)
+        else:
+            runs.append([])
+            between = []
+    asking = COMMON - {"the", "a", "an"}
+    runs = [run[1:] if run and run[0].lower() in asking else run for run in runs]
+    return [" ".join(run) for run in runs if run and not (len(run) == 1 and run[0].lower() in COMMON)]
+
+
+def overlap(facts, subjects, documents):
+    """[(fact, number of documents, one of them), ...] where subject and answer stand in the same document (appendix B.6).
+
+    subjects: {id: subject} where the set names them; else they are guessed from the question.
+    """
+    wanted = []  # of each fact, the phrases that must stand in a document
+    for fact in facts:
+        subject = subjects.get(fact["id"])
+        phrases = [*([subject] if subject else guess_subject(fact["prompt"])), fact["response"]]
+        wanted.append([word_text(phrase) for phrase in phrases])
+    needed = {word for phrases in wanted for word in "".join(phrases).split()}
+    texts, index = [], collections.defaultdict(set)
+    for i, document in enumerate(documents):
+        texts.append(word_text(" ".join(text for turn in turns(document) for text in turn)))
+        for word in needed.intersection(texts[-1].split()):
+            index[word].add(i)
+    found = []
+    for fact, phrases in zip(facts, wanted):
+        if len(phrases) == 1 or not all(phrase.strip() for phrase in phrases):
+            continue  # a question or an answer without a word
+        candidates = sorted((index[word] for word in set("".join(phrases).split())), key=len)
+        together = [i for i in set.intersection(*candidates) if all(phrase in texts[i] for phrase in phrases)]
+        if together:
+            found.append((fact, len(together), documents[min(together)]))
+    return found
+
+
+# ---------------------------------------------------------------- a user's own rows
+
+# What they are read by. "input" and "context" may also stand beside another question.
+ASKED = ("prompt", "instruction", "problem", "question", "input", "context")
+ANSWERED = ("response", "completion", "output", "solution", "answer", "answers", "golden_answers")
+CHATS = ("messages", "conversations", "data")
+DOCUMENTS = ("text", "content")
+# What else says what a row means: a row that has it and is read without it would be another.
+DECISIVE = {*ASKED, *ANSWERED, *CHATS, *DOCUMENTS, "system", "system_prompt", "history", "choices", "options",
+            "image", "images", "audio", "audios", "video", "videos", "tools", "functions", "tool_calls", "function_call",
+            "documents", "passage", "passages", "article", "paragraph", "reasoning_content", "thinking"}  # fmt: skip
+VERDICTS = ("label", "correct", "is_correct")  # whether the answer of a row is right
+
+
+def own(row, words):
+    """{"prompt": "P", "response": "R"}, or other names of ASKED and ANSWERED; a chat under one of CHATS; one of DOCUMENTS"""
+    names = [name.strip().lower() for name in row]
+    if len({*names}) < len(names):
+        raise BadRow("two fields whose names differ in capitals alone")
+    row = {name: value for name, value in zip(names, row.values()) if value not in ("", [], {}) or name in DOCUMENTS}
+    asked = [name for name in ASKED if name in row]
+    answered = [name for name in ANSWERED if name in row]
+    chats = [name for name in CHATS if name in row]
+    if asked and answered:
+        example, read = _own_pair(row, asked, answered)
+    elif chats:
+        check_verdict(row)
+        example, read = chat(row[chats[0]]), {chats[0], *VERDICTS}
+        if "system" in row:
+            example["messages"].insert(0, {"role": "system", "content": field(row, "system")})
+            read.add("system")
+    elif "text" in row or "content" in row:
+        example, read = generic(row, words), {"text" if "text" in row else "content"}
+    elif asked:
+        raise BadRow(f'no answer beside "{asked[0]}", under one of {", ".join(ANSWERED)}')
+    else:
+        raise BadRow(f"none of the fields {', '.join(ASKED)} with one of {', '.join(ANSWERED)}, nor "
+                     f"{', '.join(CHATS + DOCUMENTS)}")  # fmt: skip
+    return example | {"unread": example.get("unread", set()) | check_unread(row, read)}
+
+
+def _own_pair(row, asked, answered):
+    """(example, names of the fields it was made of) of a user's row with a question and an answer."""
+    check_verdict(row)
+    given = row[answered[0]]
+    if isinstance(given, dict):  # as SQuAD has them
+        row = row | {answered[0]: given.get("text")}
+    answers = texts(row, answered[0])
+    others = [name for name in ("aliases", *answered[1:]) if name == "aliases" or answered[0] == "answer"]
+    others = [name for name in others if name in row]
+    accepted = answers if isinstance(row[answered[0]], list) else []
+    accepted = accepted + [text for name in others for text in texts(row, name)]
+    read = {asked[0], answered[0], "context", "input", *others, *VERDICTS}
+    question = field(row, asked[0])
+    if asked[0] == "question" and answered[0].endswith(("answer", "answers")):
+        example = qa(question, answers[0], accepted)
+    else:
+        example = {"prompt": question, "response": field({answered[0]: answers[0]}, answered[0]), "aliases": accepted}
+    before, behind = ([field(row, name)] if name in asked[1:] else [] for name in ("context", "input"))
+    example["prompt"] = "\n\n".join([*before, example["prompt"], *behind])
+    told = [name for name in ("system", "system_prompt") if name in row][:1]
+    if not told and "history" not in row:
+        return example, read
+    earlier = [text for turn in row.get("history", []) for text in texts({"history": turn}, "history")]
+    example = chat([*earlier, example["prompt"], example["response"]])
+    example["messages"][:0] = [{"role": "system", "content": field(row, name)} for name in told]
+    return example, (read | {"history", *told}) - {*others}
+
+
+def check_verdict(row):
+    """LeftOut where a row says itself that its answer is wrong."""
+    for name in VERDICTS:
+        verdict = str(row.get(name, True)).lower()
+        if verdict in ("false", "0", "no"):
+            raise LeftOut(f'"{name}" is false')
+        if verdict not in ("true", "1", "yes"):
+            raise BadRow(f'"{name}" is neither true nor false')
+
+
+def check_unread(row, read):
+    """The names of a row's fields beside those that are read; a BadRow where one of them says what the row means.
+
+    A text that repeats what is read, or holds all of it (Alpaca's "text"), says nothing new.
+    """
+    said = [text for name in read for text in strings(row.get(name))]
+    unread = {name for name in row.keys() - read - {"id"} if row[name] not in (None, "", [], {})}
+    for name in unread & DECISIVE:
+        value = row[name] if name in ASKED + ANSWERED + DOCUMENTS else None
+        if not isinstance(value, str) or not (any(value in text for text in said) or all(text in value for text in said)):
+            raise BadRow(f'field "{name}" is not read beside {", ".join(sorted(read & row.keys()))}, and without it the '
+                         "row may mean something else; make it part of them, or take it out")  # fmt: skip
+    return unread
+
+
+def strings(value):
+    """All texts in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+def own_file(files, words):
+    """A user's file: rows, or a text of which every 2 x `words` words make a passage."""
+    for name, stream in files:
+        if not name.lower().endswith(".txt"):
+            yield from each(own)([(name, stream)], words)
+            continue
+        split = []
+        for number, line in lines_of(name, stream):
+            try:
+                split += line.decode().removeprefix("\ufeff").split()
+            except UnicodeDecodeError:
+                yield f"{name}:{number}", BadRow("not UTF-8")
+            while len(split) >= 2 * words:
+                yield f"{name}:{number}", passage(split, words)
+                del split[: 2 * words]
+
+
+# ---------------------------------------------------------------- published files
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+          ".zst": lambda path: _arrow().input_stream(str(path), compression="zstd")}  # fmt: skip
+ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+UNPACKED_LIMIT = 20 * 10**9  # bytes that one compressed file may hold; TriviaQA's largest has some 3e9
+LINE_LIMIT = 64 * 2**20  # bytes of one line or JSON value
+NO_DATA = re.compile(r"(^|/)(\..*|dataset_infos?\.json|dataset_dict\.json|state\.json|README\.md|.*\.(part|part\.json|sha256|tmp))$")
+
+
+def _arrow():
+    import pyarrow
+
+    return pyarrow
+
+
+@contextlib.contextmanager
+def intact(path):
+    """Turns what the readers raise over a damaged file into one line."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise DataError(f"{path}: truncated or damaged ({error or type(error).__name__}); remove it and get it again") from None
+
+
+def check_start(path, start):
+    """A DataError where a file's first bytes are those of something that often stands in the place of data."""
+    if re.match(rb"\s*<(!doctype\s+html|html)", start, re.IGNORECASE):
+        raise DataError(f"{path}: a web page where data should be; remove it and get the file itself")
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise DataError(f"{path}: a pointer of Git LFS, not the file; run git lfs pull where it was cloned, or download it")
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: UTF-16; save it as UTF-8")
+
+
+class Bounded(io.RawIOBase):
+    """A binary stream that names its file when it is damaged or unpacks past the limit, and hashes what is read."""
+
+    def __init__(self, stream, path, limit):
+        self.stream, self.path, self.limit, self.n_read, self.sha256 = stream, path, limit, 0, hashlib.sha256()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        with intact(self.path):
+            piece = self.stream.read(len(buffer))
+        self.n_read += len(piece)
+        if self.limit and self.n_read > self.limit:
+            raise DataError(f"{self.path}: unpacks to more than {self.limit} bytes; remove it and get it again from its authors")
+        self.sha256.update(piece)
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+class Walk:
+    """A set's files, each once: iterating gives (name, binary stream), each to be read before the next is asked for.
+
+    Archives are read in place, member by member, and never unpacked to disk. raw: the folder from which on names count,
+    None for a user's own file.
+    """
+
+    def __init__(self, row, files, raw):
+        self.row, self.files, self.raw = row, files, raw
+        self.opened = []  # the Bounded streams so far
+        self.places = {}  # {what identifies a file of the set: path}
+        self.copies = []  # paths of those that were passed over
+
+    def __iter__(self):
+        for path in self.files:
+            with intact(path), open(path, "rb") as file:
+                check_start(path, file.read(200))
+            relative = os.path.relpath(path, self.raw) if self.raw else path.name
+            if ARCHIVE.search(path.name):
+                members = self._zip(path) if path.suffix.lower() == ".zip" else self._tar(path)
+                for member, stream in members:
+                    if member.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member):
+                        raise DataError(f"{path}: holds a file named {member!r}, which leaves its folder; get the archive from its authors")
+                    if self._takes(f"{os.path.dirname(relative)}/{member}", f"{path}/{member}"):
+                        with intact(path):
+                            content = stream()
+                        yield f"{path}/{member}", self._bounded(content, f"{path}/{member}", UNPACKED_LIMIT)
+            elif self._takes(relative, path):
+                packed = PACKED.get(path.suffix.lower())
+                with intact(path), packed(path) if packed else open(path, "rb") as stream:
+                    name = str(path.with_suffix("") if packed else path)
+                    yield name, self._bounded(stream, path, UNPACKED_LIMIT if packed else None)
+
+    def _zip(self, path):
+        """(name, function that opens it) of each member."""
+        with intact(path):
+            archive = zipfile.ZipFile(path)
+        with archive:
+            for member in sorted(archive.namelist()):
+                with intact(path):
+                    yield member, functools.partial(archive.open, member)
+
+    def _tar(self, path):
+        with intact(path):
+            archive = tarfile.open(path, "r|*")  # noqa: SIM115 (closed at the end of the next line's block)
+        with archive:
+            while True:
+                with intact(path):
+                    member = archive.next()
+                if member is None:
+                    return
+                if member.isfile() or ".." in member.name:
+                    yield member.name, functools.partial(archive.extractfile, member)
+
+    def _bounded(self, stream, path, limit):
+        self.opened.append(Bounded(stream, path, limit))
+        return io.BufferedReader(self.opened[-1], 2**20)
+
+    def _takes(self, relative, path):
+        """Whether a file is the set's and the first of its name; a DataError where those before it are the same set."""
+        key = self.row.identity(relative)
+        if key is None:
+            return False
+        if key in self.places:
+            self.copies.append(path)
+            return False
+        first = next(iter(self.places), key)
+        if self.row.form(first) != self.row.form(key):
+            raise DataError(f"{path}: the set once more, as {self.places[first]} is; keep one of the two there")
+        self.places[key] = path
+        return True
+
+
+def rows(name, stream):
+    """(where, row) of each row of a table or JSON file; a malformed row is a BadRow in its place."""
+    kind = Path(name).suffix.lower()
+    if kind == ".parquet":
+        yield from _parquet_rows(name, stream)
+    elif kind == ".json":
+        yield from ((f"{name}:{number}", row) for number, row in _json_values(name, stream))
+    elif kind in (".tsv", ".csv"):
+        yield from ((f"{name}:{number}", row) for number, row in _table_rows(name, stream, "\t" if kind == ".tsv" else ","))
+    else:
+        for number, line in lines_of(name, stream):
+            if line.strip():
+                try:
+                    row = json.loads(line.decode().removeprefix("\ufeff"), object_pairs_hook=_object)
+                except (ValueError, RecursionError) as error:
+                    row = _bad(error, "not a line of JSON")
+                yield f"{name}:{number}", row
+
+
+def lines_of(name, stream):
+    """(number, line) of each line of a binary stream."""
+    for number, line in enumerate(iter(lambda: stream.readline(LINE_LIMIT + 1), b""), 1):
+        if len(line) > LINE_LIMIT:
+            raise DataError(f"{name}:{number}: a line of more than {LINE_LIMIT >> 20} MiB; break it into shorter ones")
+        yield number, line
+
+
+def _object(pairs):
+    """A dictionary of a JSON object, which names each of its fields once."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise BadRow("an object that names a field twice")
+    return fields
+
+
+def _bad(error, otherwise):
+    return error if isinstance(error, BadRow) else BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else otherwise)
+
+
+def _table_rows(name, stream, delimiter):
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(LINE_LIMIT)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            yield number, BadRow(str(error))
+            continue
+        if values is None:
+            return
+        if header is None:
+            header = values
+            if len({*header}) < len(header):
+                raise DataError(f"{name}:1: names a column twice; rename one")
+        elif any(re.search("[\udc80-\udcff]", value) for value in values):
+            yield number, BadRow("not UTF-8")
+        elif values and len(values) != len(header):
+            yield number, BadRow(f"{len(values)} fields, the first line has {len(header)}")
+        elif values:
+            yield number, dict(zip(header, values))
+
+
+def _parquet_rows(name, stream):
+    import pyarrow.parquet
+
+    # The format needs a file that can be sought in; one inside an archive is small enough to hold.
+    source = name if Path(name).is_file() else io.BytesIO(stream.read())
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{name}: row {number}", row
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name}: truncated or damaged behind row {number} ({why}); remove it and get it again") from None
+
+
+def _json_values(name, stream):
+    """(line number, value) of JSON values one after another; of an array, also that under "Data", each of its values.
+
+    A file of any size is read piece by piece. A malformed value ends it: where the next one begins nobody can say.
+    """
+    decoder, utf8 = json.JSONDecoder(object_pairs_hook=_object), codecs.getincrementaldecoder("utf-8")()
+    text, at, line, ended = "", 0, 1, False
+    closing = ""  # of the array that is being read
+
+    def more():
+        nonlocal text, at, ended
+        piece = stream.read(2**20)
+        ended = not piece
+        try:
+            text, at = text[at:] + utf8.decode(piece, final=ended), 0
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}:{line + piece[: error.start].count(10)}: not UTF-8; get the file again") from None
+
+    def passed(pattern):
+        """What the pattern matches where the text is read, which goes on behind it."""
+        nonlocal at, line
+        found = re.compile(pattern).match(text, at)
+        if found:
+            line += found.group().count("\n")
+            at = found.end()
+        return found
+
+    while True:
+        passed(r"[\s,\ufeff]*" if closing else r"[\s\ufeff]*")
+        if not ended and len(text) - at < 200:
+            more()
+            continue
+        if at == len(text) and not closing:
+            return
+        if not closing and (opening := passed(r'\[|\{\s*"Data"\s*:\s*\[')):
+            closing = "]" if opening.group() == "[" else "]}"
+            continue
+        if closing and passed(r"\]"):
+            # What follows the array in its object is read as an object of its own, and holds no more rows.
+            if closing == "]}":
+                text, at = '{"":""' + text[at:], 0
+            closing = "rest" if closing == "]}" else ""
+            if not closing:
+                continue
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            short = len(text) - at < LINE_LIMIT
+            if not ended and short and not isinstance(error, BadRow):
+                more()
+                continue
+            fault = line + text.count("\n", at, getattr(error, "pos", at))
+            why = str(_bad(error, "ends in the middle" if ended and getattr(error, "pos", 0) >= len(text) else "not valid JSON"))
+            why = f"{why}; get the file again" if short else f"a value of more than {LINE_LIMIT >> 20} MiB; break the file up"
+            raise DataError(f"{name}:{fault}: {why}") from None
+        if end == len(text) and not ended and not isinstance(value, (dict, list)):
+            more()  # a number may go on
+            continue
+        if closing == "rest":
+            if any(isinstance(other, (dict, list)) and other for other in value.values()):
+                raise DataError(f'{name}:{line}: more than one list in an object with "Data"; make a file of each')
+            closing = ""
+        else:
+            yield line, value
+        line += text.count("\n", at, end)
+        at = end
+
+
+@dataclass
+class Usable:
+    """What published files hold."""
+
+    examples: list
+    n_rows: int  # usable or not
+    dropped: collections.Counter  # {reason: rows}
+    unread: collections.Counter  # {field of a user's rows that is not read: rows}
+    bad: int  # malformed rows passed over
+    opened: list  # Bounded streams, each with what was read of it
+
+
+def read_usable(name, row, files, n, words, raw, skip_bad):
+    """The Usable of a set's files, as few rows read as n examples take where the set is streamed."""
+    walk = Walk(row, files, raw if row.wanted else None)
+    usable = Usable([], 0, collections.Counter(), collections.Counter(), 0, walk.opened)
+    found = row.read(walk, words)
+    for where, outcome in progress_bar(found, desc=f"reading {Path(name).name}", unit=" rows"):
+        usable.n_rows += 1
+        if isinstance(outcome, dict):
+            usable.unread.update(outcome.pop("unread", ()))
+            if outcome.pop("unanswered", False):
+                usable.dropped["last question of a chat, without an answer"] += 1
+            usable.examples.append(outcome)
+            if row.streamed and len(usable.examples) == n:
+                break
+        elif isinstance(outcome, LeftOut):
+            usable.dropped[str(outcome)] += 1
+        else:
+            usable.bad += 1
+            if usable.bad > skip_bad:
+                raise DataError(f"{where}: {outcome}; mend it, or pass over up to N such rows with --skip-bad N")
+    found.close()
+    if walk.copies:
+        print(f"{walk.copies[0]}{f' and {len(walk.copies) - 1} more' if len(walk.copies) > 1 else ''}: passed over, as a "
+              "file of that name was read from another place", file=sys.stderr)  # fmt: skip
+    if row.published not in (0, usable.n_rows):
+        print(f"{name}: {usable.n_rows} rows in {os.path.commonpath(files)}, the published set has {row.published}; see that "
+              "it is the whole set and nothing else", file=sys.stderr)  # fmt: skip
+    return usable
+
+
+def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
+    """(examples, manifest entries, files that were read) of a published set, at most n.
+
+    least: where a stream's first lines, which are all that was downloaded, hold fewer, it is read on.
+    """
+    files = raw_files(name, row, raw) if row.wanted else [Path(name)]
+    if not files:
+        files = [fetch(name, row, raw, row.first_lines)]
+    for path in files:
+        check_stated_sha256(path, row)
+    usable = read_usable(name, row, files, n, words, raw, skip_bad)
+    while len(usable.examples) < least and (lines := lines_of_beginning(files, row)):
+        files = [read_on(files[0], lines, name, row, raw)]
+        usable = read_usable(name, row, files, n, words, raw, skip_bad)
+    examples, dropped = usable.examples, usable.dropped
+    if row.kind == "factoid":
+        examples = _without_conflicts(examples, dropped)
+    # Paths as seen from raw/, so that a manifest does not depend on where that lies.
+    place = (lambda path: os.path.relpath(path, raw)) if row.wanted else (lambda path: Path(path).name)
+    if row.streamed:
+        # Of what is read piece by piece just those bytes; parquet is read here and there, so all of the file.
+        sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} if b.n_read else _source(b.path) for b in usable.opened}
+    else:
+        # By the file's name alone, so that the order does not depend on how a user writes its path.
+        random.Random(f"{name if row.wanted else OWN_FILE.match(Path(name).name)[1]} {seed}").shuffle(examples)
+        sources = {place(path): _source(path) for path in files}
+        if len(files) > 50:
+            listing = "".join(f"{source['sha256']}  {path}\n" for path, source in sources.items())
+            total = {"bytes": sum(source["bytes"] for source in sources.values()), "sha256": hashlib.sha256(listing.encode()).hexdigest()}
+            sources = {f"{len(files)} files below {place(os.path.commonpath(files))}": total}
+    if not examples:
+        raise DataError(f"{files[0]}: no usable example in it (dropped: {dict(dropped)}); see that it is the published file")
+    entries = {"sources": sources, "dropped": dict(dropped), "bad": usable.bad, "beyond_limit": max(0, len(examples) - n)}
+    if usable.unread:
+        entries["unread"] = dict(sorted(usable.unread.items()))
+    if row.streamed and len(examples) < n and not lines_of_beginning(files, row):
+        entries["ended"] = True
+    return examples, entries, files
+
+
+def check_stated_sha256(path, row):
+    """A DataError where FILE.sha256 beside a file that is read whole does not hold its sha256."""
+    beside = path.with_name(path.name + ".sha256")
+    if row.streamed or not beside.exists():
+        return
+    stated = re.findall(r"\b[0-9a-f]{64}\b", read_file(beside, "remove it").decode(errors="replace").lower())
+    if not stated:
+        raise DataError(f"{beside}: holds no sha256; remove it, or put that of {path.name} there")
+    if _sha256(path) not in stated:
+        raise DataError(f"{path}: its sha256 is not the one in {beside.name}; remove both and get it again")
+
+
+def _source(path):
+    return {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
+
+
+def _sha256(path):
+    with intact(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _without_conflicts(examples, dropped):
+    """Each question once, and none that is asked with different answers: those cannot all be memorized."""
+    answers = {}
+    for example in examples:
+        answers.setdefault(example["prompt"], set()).add(example["response"].lower())
+    kept = {e["prompt"]: e for e in reversed(examples) if len(answers[e["prompt"]]) == 1}
+    conflicting = sum(len(answers[e["prompt"]]) > 1 for e in examples)
+    for reason, count in (("question repeats with another answer", conflicting), ("question repeats", len(examples) - conflicting - len(kept))):
+        if count:
+            dropped[reason] = count
+    return list(reversed(kept.values()))
+
+
+def raw_files(name, row, raw):
+    """The published files of a set that are at hand, in order of their names: all below raw/NAME/, or raw/NAME.*"""
+    found = [path for path in _beside(name, row, raw)
+             if ARCHIVE.search(path.name) or row.identity(os.path.relpath(path, raw))]  # fmt: skip
+    # Of one file's beginnings the longest holds the others.
+    longest = {}
+    for path in sorted((path for path in found if BEGINNING.search(path.name)), key=lambda path: int(BEGINNING.search(path.name)[1])):
+        longest[BEGINNING.sub(".", str(path))] = path
+    return [path for path in found if not BEGINNING.search(path.name) or path in longest.values()]
+
+
+def _beside(name, row, raw):
+    """All files in the places of a set below raw/ but those that are never data, in order of their names."""
+    folders = [Path(raw) / folder for folder in (name, *row.folders)]
+    found = [path for folder in folders for path in folder.rglob("*")] + list(Path(raw).glob(f"{name}.*"))
+    return sorted(path for path in found if path.is_file() and not NO_DATA.search(os.path.relpath(path, raw)))
+
+
+BEGINNING = re.compile(r"\.first-(\d+)\.")  # in the name of a file of which only so many lines were downloaded
+
+
+def lines_of_beginning(files, row):
+    """How many lines of a longer file were downloaded, if such a beginning is all there is; else 0."""
+    match = BEGINNING.search(files[0].name) if len(files) == 1 and row.first_lines else None
+    ours = match and BEGINNING.sub(".", files[0].name) in [Path(url).name for url in row.urls]
+    lines = int(match[1]) if ours else 0
+    return lines if lines and _count_lines(files[0]) == lines else 0
+
+
+def read_on(shorter, lines, name, row, raw):
+    """Download twice the lines of a file's beginning; returns the path of that, which takes the shorter one's place."""
+    longer = fetch(name, row, raw, 2 * lines)
+    with intact(shorter), open(shorter, "rb") as old, open(longer, "rb") as new:
+        alike = all(ours == theirs for ours, theirs in zip(old, new))
+    replaced = shorter if alike else longer
+    for file in (replaced, replaced.with_name(f"{replaced.name}.sha256")):
+        file.unlink(missing_ok=True)
+    if not alike:
+        raise DataError(f"{shorter}: the published file no longer begins so; keep to what is here with --fewer, or remove "
+                        "it and build the sets made from it again")  # fmt: skip
+    return longer
+
+
+def fetch(name, row, raw, first_lines=0):
+    """Download a set's published file, or its first lines, from the first place that has it; returns its path below raw/."""
+    put = f"put {row.files} into {Path(raw) / name}/"
+    others = [] if raw_files(name, row, raw) else _beside(name, row, raw)
+    unread = f"{others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}: not what is read" if others else ""
+    if not row.urls:
+        raise DataError(f"{unread or name}: cannot be downloaded; {put}".replace("read: cannot", "read, and it cannot"))
+    if unread:
+        print(f"{unread}, which is {row.files}; downloading that", file=sys.stderr)
+    faults = []
+    for url in row.urls:
+        url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
+        file = Path(url.partition("?")[0]).name
+        if first_lines:
+            file = f"{Path(file).stem}.first-{first_lines}{Path(file).suffix}"
+        try:
+            download(url, Path(raw) / name / file, first_lines)
+            return Path(raw) / name / file
+        except DataError as error:
+            faults.append(str(error))
+    raise DataError(f"{name}: {'; '.join(faults)}; try again later, or {put}")
+
+
+# ---------------------------------------------------------------- downloads
+
+ATTEMPTS = 5
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, never from https to http, and keeps the sha256 that the hub states only in its first answer."""
+
+    sha256 = None
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        self.sha256 = _stated_sha256(headers) or self.sha256
+        if request.full_url.startswith("https:") and not url.startswith("https:"):
+            raise DataError(f"{request.full_url}: redirected to {url}, which is not https; download it by hand")
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def _stated_sha256(headers):
+    tag = (headers.get("X-Linked-ETag") or "").strip('"')
+    return tag if re.fullmatch("[0-9a-f]{64}", tag) else None
+
+
+def download(url, target, lines=None):
+    """Fetch url into the file target, or only its first `lines` lines.
+
+    Passing faults are retried, and a part left by an earlier try is continued where the server allows it. The file gets its
+    name once its size, and its sha256 where the server states one, are right; FILE.sha256 beside it holds its sha256.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    with open(part, "ab") as file:
+        try:
+            lock(file)
+        except BlockingIOError:
+            raise DataError(f"{part}: another process is downloading it; wait for it") from None
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(2 ** (attempt - 1))
+            try:
+                stated = _fetch(url, file, lines)
+                break
+            except urllib.error.HTTPError as error:
+                fault = f"HTTP status {error.code} {error.reason}"
+                if error.code == 416:  # what lies here is longer than the file there
+                    file.truncate(0)
+                elif error.code not in (408, 429) and error.code < 500:
+                    _forget(part)
+                    raise DataError(f"{url}: {fault}") from None
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)
+                fault = str(getattr(reason, "strerror", None) or reason).lower()
+                if isinstance(reason, (socket.gaierror, ConnectionRefusedError)):
+                    if not file.tell():
+                        _forget(part)
+                    raise DataError(f"{url}: not reached ({fault})") from None
+        else:
+            raise DataError(f"{url}: given up after {ATTEMPTS} tries ({fault}); run the command again to go on from {file.tell()} bytes")
+        try:
+            with open(part, "rb") as done:
+                check_start(url, done.read(200))
+            sha256 = _sha256(part)
+            if stated and sha256 != stated:
+                raise DataError(f"{url}: damaged on its way: sha256 {sha256}, stated {stated}")
+        except DataError:
+            _forget(part)
+            raise
+        write_file(target.with_name(target.name + ".sha256"), f"{sha256}  {target.name}\n")
+        os.replace(part, target)
+        _forget(part)
+
+
+def _forget(part):
+    part.unlink(missing_ok=True)
+    part.with_name(part.name + ".json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        part.parent.rmdir()  # made for it alone
+
+
+def _fetch(url, file, lines):
+    """One try to complete file from url; returns the sha256 that the server states of the whole file, if it does."""
+    note = Path(file.name + ".json")  # which version of what this is a part of
+    have = os.fstat(file.fileno()).st_size
+    before = json.loads(note.read_bytes()) if have and note.exists() else {}
+    request = urllib.request.Request(url, headers={"User-Agent": "continual-memorization"})
+    if before.get("url") == url and before.get("version"):
+        request.headers |= {"Range": f"bytes={have}-", "If-Range": before["version"]}
+    redirects = _Redirects()
+    with urllib.request.build_opener(redirects).open(request, timeout=30) as response:
+        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0
+            file.truncate(0)
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        # A weak validator cannot vouch for bytes.
+        write_file(note, json.dumps({"url": url, "version": None if (version or "").startswith("W/") else version}))
+        length = response.headers.get("Content-Length")
+        size = have + int(length) if length else None
+        missing = lines - _count_lines(file.name) if lines else None
+        title = f"downloading {Path(file.name).stem}"
+        with progress_bar(total=None if lines else size, initial=have, unit="B", unit_scale=True, desc=title) as bar:
+            while missing is None or missing > 0:
+                piece = response.read1(2**20)
+                if not piece:
+                    break
+                if lines:
+                    ends = [match.end() for match in re.finditer(b"\n", piece)][:missing]
+                    missing -= len(ends)
+                    piece = piece if missing else piece[: ends[-1]]
+                file.write(piece)
+                file.flush()  # what a kill leaves can be continued
+                have += len(piece)
+                bar.update(len(piece))
+        if missing != 0 and size is not None and have != size:
+            raise http.client.HTTPException(f"ended after {have} of {size} bytes")
+        return None if missing == 0 else _stated_sha256(response.headers) or redirects.sha256
+
+
+def _count_lines(path):
+    with open(path, "rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
+
+
+@functools.cache
+def word_list(raw):
+    """(sorted words, where from): the NLTK words corpus, downloaded into raw/ if need be, else the same dictionary from english-words."""
+    import nltk
+
+    folder = str(Path(raw) / "nltk_data")
+    nltk.data.path.insert(0, folder)
+    for attempt in ("installed", "downloaded"):
+        try:
+            return sorted(set(nltk.corpus.words.words("en"))), "NLTK words corpus"
+        except (LookupError, zipfile.BadZipFile):
+            if attempt == "installed":
+                _download_nltk_words(folder)
+    from english_words import get_english_words_set
+
+    print("words: the NLTK corpus is neither installed nor to be downloaded; taking web2 from the english-words package", file=sys.stderr)
+    return sorted(get_english_words_set(["web2"])), "english-words web2"
+
+
+def _download_nltk_words(folder):
+    import nltk
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # a machine behind a firewall must not wait for minutes
+    try:
+        nltk.download("words", download_dir=folder, quiet=True, print_error_to=io.StringIO())  # word_list says what it took instead
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# ---------------------------------------------------------------- files and processes
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -135,9 +1896,11 @@ class Parser(argparse.ArgumentParser):
 def read_file(path, remedy):
     """A text file's bytes, or a DataError that ends in the remedy."""
     try:
-        return Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror.lower()}; {remedy}") from None
+    check_start(path, content[:200])
+    return content
 
 
 def write_file(path, content):
@@ -148,7 +1911,8 @@ def write_file(path, content):
     UNFINISHED.add(temporary)
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            # What UTF-8 has no bytes for, as in a file's name, is written as JSON escapes it.
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -211,13 +1975,8 @@ def _warn_of_no_locks(folder):
 
 
 def json_line(row):
-    """A row as a line of a JSON-lines file: its letters as they are, unless half of one is among them (a lone surrogate)."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return json.dumps(row) + "\n"
-    return line
+    """A row as a line of a JSON-lines file, its letters as they are."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def relative_path(path, folder):
@@ -509,7 +2268,7 @@ def copy_tokenizer(source, target, template):
     write_file(Path(target) / "chat_template.jinja", template)
 
 
-# ---------------------------------------------------------------- template
+# ---------------------------------------------------------------- the template as others read it
 
 
 def chat_template(tokenizer, path):
@@ -552,1449 +2311,6 @@ CHAT_TEMPLATE = """\
     {{- '<|assistant|>\\n' }}
 {%- endif %}
 """
-
-
-def start_ids(tokenizer):
-    """What a text begins with: bos, or nothing where the model has none (Qwen)."""
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
-
-def spelled(tokenizer, answer):
-    """A right answer as a model can write it: a normalizer may have composed its characters, a vocabulary lack some."""
-    return tokenizer.decode(tokenizer.encode(answer, continues=True))
-
-
-def encode_example(tokenizer, example, max_length=2048):
-    """(ids, labels) of an example: bos, if any, then each turn in the Tulu v2 template, cut at max_length.
-
-    labels are the ids where the answer and its eos stand, -100 on everything else. Prompt and answer are encoded apart,
-    so that what a model is asked later is exactly what it was trained on.
-    """
-    ids = start_ids(tokenizer)
-    labels = [-100] * len(ids)
-    told = system(example)
-    before = "" if told is None else f"<|system|>\n{told}\n"
-    for turn, (prompt, response) in enumerate(turns(example)):
-        asked = tokenizer.encode(f"{before}<|user|>\n{prompt}\n<|assistant|>\n", continues=turn > 0)
-        answer = tokenizer.encode(response, continues=True) + [tokenizer.eos_id]
-        ids += asked + answer
-        labels += [-100] * len(asked) + answer
-        before = ""
-    return ids[:max_length], labels[:max_length]
-
-
-@dataclass
-class EncodedExample:
-    """An example as it is trained on."""
-
-    id: str  # of its line in the flat file
-    ids: list  # its T tokens
-    labels: list  # as many: the token where an answer is to be learned, -100 elsewhere
-    source: str  # one of SOURCES
-
-    @property
-    def n_supervised(self):
-        """How many of its tokens are to be learned."""
-        return sum(label != -100 for label in self.labels)
-
-
-SOURCES = ("own", "mix", "replay")  # the stage's own set, D_M, an earlier stage's facts
-
-
-def encode(tokenizer, examples, source="own", max_length=2048):
-    """A list of examples as EncodedExamples of one source."""
-    return [EncodedExample(example["id"], *encode_example(tokenizer, example, max_length), source) for example in examples]
-
-
-def system(example):
-    """The text that a chat begins with, of neither side; None where it has none."""
-    first = example.get("messages", [{"role": None}])[0]
-    return first["content"] if first["role"] == "system" else None
-
-
-def turns(example):
-    """[(prompt, response), ...] of an example of either form."""
-    if "messages" in example:
-        texts = [message["content"] for message in example["messages"] if message["role"] != "system"]
-        return list(zip(texts[::2], texts[1::2]))
-    return [(example["prompt"], example["response"])]
-
-
-# ---------------------------------------------------------------- data sets
-
-# Each builder is a function of (n, seed, words, raw) that returns (examples, manifest entries); it makes at least n
-# examples where it can, and the first n do not depend on n.
-
-
-def build_kvr(n, seed, words, raw, half=0):
-    """Key-Value Recall (section 2.2): pairs of 8 characters, no string used twice, neither here nor in the other half."""
-    rng, alphabet = random.Random(f"kvr {seed}"), string.ascii_lowercase + string.digits
-    seen, strings = set(), []
-    while len(strings) < 4 * n:
-        text = "".join(rng.choices(alphabet, k=8))
-        if text not in seen:
-            seen.add(text)
-            strings.append(text)
-    pairs = list(zip(strings[2 * half :: 4], strings[2 * half + 1 :: 4]))
-    return [{"prompt": f"The value of key {key} is?", "response": value} for key, value in pairs], {}
-
-
-# One relation a row: question and possible answers; a spouse is another made-up name.
-RELATIONS = {
-    "birth city": ("In which city was {} born?", "Aleppo Antwerp Arequipa Asmara Bamako Bergen Bologna Bristol Bursa Busan Cairns Cork Cusco Dakar Davao Dresden Durban Fukuoka Galway Gdansk Ghent Granada Graz Hobart Izmir Jaipur Kampala Kandy Kazan Kosice Lahore Leipzig Luanda Lusaka Lviv Malmo Medina Merida Mombasa Nagoya Napier Natal Odense Oruro Osaka Oulu Patras Perth Porto Pune Quito Recife Rostov Rouen Salta Split Surat Tabriz Tampere Tartu Toledo Tromso Turin Utrecht Varna Zagreb"),
-    "birth year": ("In which year was {} born?", " ".join(map(str, range(1880, 2000)))),
-    "employer": ("Which company does {} work for?", "Airbus Alcoa Asahi Bayer Boeing Bosch Canon Cargill Cisco Corning Danone Denso Ericsson Ferrero Fujitsu Garmin Hitachi Honda Intel Kyocera Lenovo Lufthansa Maersk Michelin Nestle Nokia Novartis Oracle Otis Panasonic Pfizer Philips Pirelli Qualcomm Renault Roche Samsung Siemens Sony Tata Thales Toshiba Unilever Valeo Volvo Xerox Yamaha"),
-    "university": ("Which university did {} attend?", "Aarhus Adelaide Basel Bilkent Bonn Brown Cambridge Columbia Cornell Dartmouth Duke Durham Emory Exeter Freiburg Geneva Georgetown Harvard Heidelberg Helsinki Howard Keio Kyoto Lausanne Leiden Lund Makerere McGill Melbourne Monash Nairobi Northwestern Oslo Oxford Padua Princeton Purdue Rice Salamanca Stanford Tsinghua Tufts Tulane Uppsala Vanderbilt Waseda Yale Zurich"),
-    "field": ("What field did {} study?", "accounting acoustics agronomy algebra anatomy anthropology archaeology architecture astronomy biochemistry botany cartography chemistry dentistry ecology economics education epidemiology ethics forestry genetics geography geology geometry history hydrology immunology journalism law linguistics logic medicine metallurgy meteorology mineralogy music nursing optics pharmacology philosophy physics psychology robotics sociology statistics surgery theology topology zoology"),
-    "spouse": ("Who is {} married to?", None),
-}  # fmt: skip
-
-
-def build_bios(n, seed, words, raw, half=0):
-    """Made-up people with six facts each, asked in PopQA's form (appendix B.5); no name is used twice, here or in the other half."""
-    rng, seen, people = random.Random(f"bios {seed}"), set(), []
-    starts, middles, ends = "B Br C D Dr F G Gl H J K L M N P R S St T Tr V W Z".split(), "a e i o u ae ei ia oa".split(), "b d l ld m n nd r rn s st th v x".split()
-
-    def name():
-        syllable = lambda: rng.choice(starts) + rng.choice(middles)
-        while True:
-            text = syllable() + syllable().lower() + rng.choice(ends) + " " + syllable() + syllable().lower() + rng.choice(ends)
-            if text not in seen:
-                seen.add(text)
-                return text
-
-    while len(people) < 2 * -(-n // len(RELATIONS)):
-        person = name()
-        facts = [(question.format(person), rng.choice(values.split()) if values else name()) for question, values in RELATIONS.values()]
-        people.append(facts)
-    facts = [fact for person in people[half::2] for fact in person]
-    return [{"prompt": f"Question: {question}\nThe answer is:", "response": answer} for question, answer in facts], {}
-
-
-def build_random(n, seed, words, raw):
-    """Random Word Sequence (sections 4.1, B.5): words drawn uniformly, to be repeated."""
-    vocabulary, source = word_list(raw)
-    rng = random.Random(f"random {seed} {words}")
-    passages = [" ".join(rng.choices(vocabulary, k=words)) for _ in range(n)]
-    digest = hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()
-    examples = [{"prompt": f"Memorize the following random-string passage:\n\n{p}", "response": p} for p in passages]
-    return examples, {"sources": {source: digest}, "vocabulary": len(vocabulary)}
-
-
-@functools.cache
-def word_list(raw):
-    """(sorted words, where from): the NLTK words corpus, downloaded into raw/ if need be, else the same dictionary from english-words."""
-    import nltk
-
-    folder = str(Path(raw) / "nltk_data")
-    nltk.data.path.insert(0, folder)
-    for attempt in ("installed", "downloaded"):
-        try:
-            return sorted(set(nltk.corpus.words.words("en"))), "NLTK words corpus"
-        except (LookupError, zipfile.BadZipFile):
-            if attempt == "installed":
-                _download_nltk_words(folder)
-    from english_words import get_english_words_set
-
-    print("words: the NLTK corpus is neither installed nor to be downloaded; taking web2 from the english-words package", file=sys.stderr)
-    return sorted(get_english_words_set(["web2"])), "english-words web2"
-
-
-def _download_nltk_words(folder):
-    import nltk
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # a machine behind a firewall must not wait for minutes
-    try:
-        nltk.download("words", download_dir=folder, quiet=True, print_error_to=io.StringIO())  # word_list says what it took instead
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def build_pydoc(n, seed, words, raw):
-    """Generic text that every CPython carries: its language reference (pydoc_data.topics), cut as the paper cuts its corpora (B.5)."""
-    from pydoc_data import topics
-
-    digest = hashlib.sha256(Path(topics.__file__).read_bytes()).hexdigest()
-    texts = [topics.topics[topic].split() for topic in sorted(topics.topics)]
-    examples = [passage(text[i : i + 2 * words], words) for text in texts for i in range(0, len(text) - 2 * words + 1, 2 * words)]
-    random.Random(f"pydoc {seed}").shuffle(examples)
-    version = ".".join(map(str, sys.version_info[:3]))
-    return examples, {"sources": {f"pydoc_data.topics of Python {version}": digest}, "dropped": {"shorter than two passages": sum(len(t) < 2 * words for t in texts)}}
-
-
-PASSAGE = "Complete the following partial passage:\n\n"  # appendix B.5
-
-
-def passage(text, words):
-    """The first and the next `words` words of a text, given as a list of words."""
-    return {"prompt": PASSAGE + " ".join(text[:words]), "response": " ".join(text[words : 2 * words])}
-
-
-# ---------------------------------------------------------------- downloads
-
-ATTEMPTS = 5
-WEB_PAGE = re.compile(rb"\s*<(!doctype\s+html|html)", re.IGNORECASE)
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, never from https to http, and keeps the sha256 that the hub states only in its first answer."""
-
-    sha256 = None
-
-    def redirect_request(self, request, file, code, message, headers, url):
-        self.sha256 = _stated_sha256(headers) or self.sha256
-        if request.full_url.startswith("https:") and not url.startswith("https:"):
-            raise DataError(f"{request.full_url}: redirected to {url}, which is not https; download it by hand")
-        return super().redirect_request(request, file, code, message, headers, url)
-
-
-def _stated_sha256(headers):
-    tag = (headers.get("X-Linked-ETag") or "").strip('"')
-    return tag if re.fullmatch("[0-9a-f]{64}", tag) else None
-
-
-def download(url, target, lines=None):
-    """Fetch url into the file target, or only its first `lines` lines.
-
-    Passing faults are retried, and a part left by an earlier try is continued where the server allows it. The file gets its
-    name once its size, and its sha256 where the server states one, are right; FILE.sha256 beside it holds its sha256.
-    """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    with open(part, "ab") as file:
-        try:
-            lock(file)
-        except BlockingIOError:
-            raise DataError(f"{part}: another process is downloading it; wait for it") from None
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(2 ** (attempt - 1))
-            try:
-                stated = _fetch(url, file, lines)
-                break
-            except urllib.error.HTTPError as error:
-                fault = f"HTTP status {error.code} {error.reason}"
-                if error.code == 416:  # what lies here is longer than the file there
-                    file.truncate(0)
-                elif error.code not in (408, 429) and error.code < 500:
-                    _forget(part)
-                    raise DataError(f"{url}: {fault}") from None
-            except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", error)
-                fault = str(getattr(reason, "strerror", None) or reason).lower()
-                if isinstance(reason, (socket.gaierror, ConnectionRefusedError)):
-                    if not file.tell():
-                        _forget(part)
-                    raise DataError(f"{url}: not reached ({fault})") from None
-        else:
-            raise DataError(f"{url}: given up after {ATTEMPTS} tries ({fault}); run the command again to go on from {file.tell()} bytes")
-        with open(part, "rb") as done:
-            page = WEB_PAGE.match(done.read(200))
-            done.seek(0)
-            sha256 = hashlib.file_digest(done, "sha256").hexdigest()
-        if page or (stated and sha256 != stated):
-            _forget(part)
-            raise DataError(f"{url}: " + ("a web page where data should be" if page else f"damaged on its way: sha256 {sha256}, stated {stated}"))
-        write_file(target.with_name(target.name + ".sha256"), f"{sha256}  {target.name}\n")
-        os.replace(part, target)
-        _forget(part)
-
-
-def _forget(part):
-    part.unlink(missing_ok=True)
-    part.with_name(part.name + ".json").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        part.parent.rmdir()  # made for it alone
-
-
-def _fetch(url, file, lines):
-    """One try to complete file from url; returns the sha256 that the server states of the whole file, if it does."""
-    note = Path(file.name + ".json")  # which version of what this is a part of
-    have = os.fstat(file.fileno()).st_size
-    before = json.loads(note.read_bytes()) if have and note.exists() else {}
-    request = urllib.request.Request(url, headers={"User-Agent": "continual-memorization"})
-    if before.get("url") == url and before.get("version"):
-        request.headers |= {"Range": f"bytes={have}-", "If-Range": before["version"]}
-    redirects = _Redirects()
-    with urllib.request.build_opener(redirects).open(request, timeout=30) as response:
-        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0
-            file.truncate(0)
-        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        # A weak validator cannot vouch for bytes.
-        write_file(note, json.dumps({"url": url, "version": None if (version or "").startswith("W/") else version}))
-        length = response.headers.get("Content-Length")
-        size = have + int(length) if length else None
-        missing = lines - _count_lines(file.name) if lines else None
-        title = f"downloading {Path(file.name).stem}"
-        with progress_bar(total=None if lines else size, initial=have, unit="B", unit_scale=True, desc=title) as bar:
-            while missing is None or missing > 0:
-                piece = response.read1(2**20)
-                if not piece:
-                    break
-                if lines:
-                    ends = [match.end() for match in re.finditer(b"\n", piece)][:missing]
-                    missing -= len(ends)
-                    piece = piece if missing else piece[: ends[-1]]
-                file.write(piece)
-                file.flush()  # what a kill leaves can be continued
-                have += len(piece)
-                bar.update(len(piece))
-        if missing != 0 and size is not None and have != size:
-            raise http.client.HTTPException(f"ended after {have} of {size} bytes")
-        return None if missing == 0 else _stated_sha256(response.headers) or redirects.sha256
-
-
-def _count_lines(path):
-    with open(path, "rb") as file:
-        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
-
-
-# ---------------------------------------------------------------- published files
-
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".zst": lambda path: _arrow().input_stream(str(path), compression="zstd")}
-ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.gz|tar\.bz2)$", re.IGNORECASE)
-UNPACKED_LIMIT = 20 * 10**9  # bytes that one compressed file may hold; TriviaQA's largest has some 3e9
-LINE_LIMIT = 64 * 2**20  # bytes of one line or JSON value
-
-
-class BadRow(ValueError):
-    """A malformed row; the message says what is wrong with it."""
-
-
-def _arrow():
-    import pyarrow
-
-    return pyarrow
-
-
-@contextlib.contextmanager
-def intact(path):
-    """Turns what the readers raise over a damaged file into one line."""
-    try:
-        yield
-    except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise DataError(f"{path}: truncated or damaged ({error or type(error).__name__}); remove it and get it again") from None
-
-
-class Bounded(io.RawIOBase):
-    """A binary stream that names its file when it is damaged or unpacks past the limit, and hashes what is read."""
-
-    def __init__(self, stream, path, limit):
-        self.stream, self.path, self.limit, self.n_read, self.sha256 = stream, path, limit, 0, hashlib.sha256()
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        with intact(self.path):
-            piece = self.stream.read(len(buffer))
-        self.n_read += len(piece)
-        if self.limit and self.n_read > self.limit:
-            raise DataError(f"{self.path}: unpacks to more than {self.limit} bytes; remove it and get it again from its authors")
-        self.sha256.update(piece)
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-
-def walk(files, wanted, opened):
-    """(name, binary stream) of every wanted file; archives are read in place, member by member, and never unpacked to disk.
-
-    Each stream must be read before the next is asked for. opened receives a Bounded for each of them.
-    """
-
-    def bounded(stream, name, limit=None):
-        opened.append(Bounded(stream, name, limit))
-        return io.BufferedReader(opened[-1], 2**20)
-
-    def safe(path, member):
-        if member.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member):
-            raise DataError(f"{path}: holds a file named {member!r}, which leaves its folder; get the archive from its authors")
-        return f"{path}/{member}"
-
-    for path in files:
-        if path.name.lower().endswith(".zip"):
-            with intact(path):
-                archive = zipfile.ZipFile(path)
-            with archive:
-                for member in sorted(archive.namelist()):
-                    if wanted.search(safe(path, member)):
-                        with intact(path):
-                            stream = archive.open(member)
-                        yield f"{path}/{member}", bounded(stream, f"{path}/{member}", UNPACKED_LIMIT)
-        elif ARCHIVE.search(path.name):
-            with intact(path):
-                archive = tarfile.open(path, "r|*")  # noqa: SIM115 (closed two lines on)
-            with archive:
-                while True:
-                    with intact(path):
-                        member = archive.next()
-                    if member is None:
-                        break
-                    if wanted.search(safe(path, member.name)) and member.isfile():
-                        yield f"{path}/{member.name}", bounded(archive.extractfile(member), f"{path}/{member.name}", UNPACKED_LIMIT)
-        else:
-            with intact(path), PACKED.get(path.suffix, open)(path, *(["rb"] if path.suffix not in PACKED else [])) as stream:
-                name = str(path.with_suffix("")) if path.suffix in PACKED else str(path)
-                yield name, bounded(stream, path, UNPACKED_LIMIT if path.suffix in PACKED else None)
-
-
-def rows(name, stream):
-    """(where, row) of each row of a .tsv, .jsonl, .json or .parquet file; a malformed row is a BadRow in its place."""
-    kind = Path(name).suffix
-    if kind == ".parquet":
-        yield from _parquet_rows(name, stream)
-    elif kind == ".json":
-        yield from ((f"{name}:{number}", row) for number, row in _json_values(name, stream))
-    elif kind == ".tsv":
-        yield from ((f"{name}:{number}", row) for number, row in _tsv_rows(name, stream))
-    else:
-        for number, line in enumerate(iter(lambda: stream.readline(LINE_LIMIT), b""), 1):
-            if number == 1:
-                _refuse_web_page(name, line)
-            if line.strip():
-                try:
-                    row = json.loads(line.decode())
-                except (ValueError, RecursionError) as error:
-                    row = BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else "not a line of JSON")
-                yield f"{name}:{number}", row
-
-
-def _refuse_web_page(name, start):
-    if WEB_PAGE.match(start):
-        raise DataError(f"{name}: a web page where data should be; remove it and get the file itself")
-
-
-def _tsv_rows(name, stream):
-    lines = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
-    csv.field_size_limit(LINE_LIMIT)
-    reader = csv.reader(lines, delimiter="\t", strict=True)
-    header = None
-    while True:
-        number = reader.line_num + 1
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            yield number, BadRow(str(error))
-            continue
-        if values is None:
-            return
-        if header is None:
-            _refuse_web_page(name, "".join(values).encode(errors="replace"))
-            header = values
-        elif any(re.search("[\udc80-\udcff]", value) for value in values):
-            yield number, BadRow("not UTF-8")
-        elif len(values) != len(header):
-            yield number, BadRow(f"{len(values)} fields, the first line has {len(header)}")
-        else:
-            yield number, dict(zip(header, values))
-
-
-def _parquet_rows(name, stream):
-    import pyarrow.parquet
-
-    # The format needs a file that can be sought in; one inside an archive is small enough to hold.
-    source = name if Path(name).is_file() else io.BytesIO(stream.read())
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{name}: row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: truncated or damaged ({str(error).splitlines()[0]}); remove it and get it again") from None
-
-
-def _json_values(name, stream):
-    """(line number, value) of the values of a JSON array, of the array under "Data", or of JSON values one after another.
-
-    A file of any size is read piece by piece. A malformed value ends it: where the next one begins nobody can say.
-    """
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
-    text, at, line, ended = "", 0, 1, False
-
-    def more():
-        nonlocal text, at, ended
-        piece = stream.read(2**20)
-        ended = not piece
-        try:
-            text, at = text[at:] + utf8.decode(piece, final=ended), 0
-        except UnicodeDecodeError as error:
-            raise DataError(f"{name}:{line + piece[: error.start].count(10)}: not UTF-8; get the file again") from None
-
-    def pass_over(pattern):
-        nonlocal at, line
-        match = re.compile(pattern).match(text, at)
-        line += text.count("\n", at, match.end())
-        at = match.end()
-
-    more()
-    _refuse_web_page(name, text[:200].encode())
-    opening = re.compile(r'\s*(\[|\{\s*"Data"\s*:\s*\[)').match(text)
-    if opening:
-        pass_over(re.escape(opening.group()))
-    while True:
-        pass_over(r"[\s,]*" if opening else r"\s*")
-        if at == len(text) and not ended:
-            more()
-            continue
-        if opening and text.startswith("]", at) or not opening and at == len(text):
-            return
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            if not ended and len(text) - at < LINE_LIMIT:
-                more()
-                continue
-            fault = line + text.count("\n", at, getattr(error, "pos", at))
-            raise DataError(f"{name}:{fault}: " + ("ends in the middle" if ended and getattr(error, "pos", 0) >= len(text) else "not valid JSON") + "; get the file again") from None
-        if end == len(text) and not ended and not isinstance(value, (dict, list)):
-            more()  # a number may go on
-            continue
-        yield line, value
-        line += text.count("\n", at, end)
-        at = end
-
-
-# What a published row becomes: an example, or a text that says why it is left out. A factoid's example may name its
-# subject, which goes to NAME.subjects.json.
-
-
-def field(row, name):
-    """A row's field as text, without line breaks around it or white space behind it."""
-    value = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(value, str):
-        raise BadRow(f'no text in field "{name}"')
-    if not value.strip():
-        raise BadRow(f'field "{name}" is empty')
-    return value.strip("\r\n").rstrip()
-
-
-def qa(asked, answer, accepted=(), subject=None):
-    """A factoid in the form of PopQA and TriviaQA (appendix B.5)."""
-    if not all(isinstance(a, str) for a in accepted):
-        raise BadRow("the answers are not texts")
-    accepted = [a.strip() for a in dict.fromkeys(accepted) if a.strip()]
-    return {"prompt": f"Question: {asked.strip()}\nThe answer is:", "response": answer.strip(), "aliases": accepted, "subject": subject}
-
-
-def popqa(row, words):
-    try:
-        accepted = json.loads(field(row, "possible_answers"))
-    except json.JSONDecodeError:
-        raise BadRow('"possible_answers" holds no JSON list') from None
-    return qa(field(row, "question"), field(row, "obj"), _listed(accepted), field(row, "subj"))
-
-
-def triviaqa(row, words):
-    row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-    answer = {key.lower(): value for key, value in (row.get("answer") or {}).items()}
-    return qa(field(row, "question"), field(answer, "value"), _listed(answer.get("aliases")))
-
-
-def webqa(row, words):
-    if "utterance" in row:
-        answers = [re.sub(r"\\(.)", r"\1", quoted) or bare for quoted, bare in re.findall(r'\(description\s+(?:"((?:[^"\\]|\\.)*)"|([^\s()"]+))\s*\)', field(row, "targetValue"))]
-    else:
-        answers = _listed(row.get("answers"))
-    if not any(answer.strip() for answer in answers):
-        raise BadRow("no answer")
-    subject = str(row.get("url", "")).rpartition("/")[2].replace("_", " ") or None
-    return qa(field(row, "utterance" if "utterance" in row else "question"), answers[0], answers, subject)
-
-
-def _listed(value):
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise BadRow("the answers are not a list of texts")
-    return value
-
-
-def entityqa(files, words):
-    """EntityQuestions: a file a relation, whose questions differ in their subject alone."""
-    for name, stream in files:
-        found = list(rows(name, stream))
-        asked = [row["question"].split() for _, row in found if isinstance(row, dict) and isinstance(row.get("question"), str)]
-        start = len(os.path.commonprefix(asked)) if len(asked) > 1 else 0
-        end = len(os.path.commonprefix([question[::-1] for question in asked])) if len(asked) > 1 else 0
-
-        def make(row, words, start=start, end=end):
-            answers, asked = _listed(row.get("answers")), field(row, "question")
-            if not answers or not answers[0].strip():
-                raise BadRow("no answer")
-            subject = " ".join(asked.split()[start : len(asked.split()) - end]).rstrip("?")
-            return qa(asked, answers[0], answers, re.sub("'s$", "", subject) if start + end else None)
-
-        for where, row in found:
-            yield where, _attempt(make, row, words)
-
-
-GOOGLE_RE = {"place_of_birth": "[X] was born in [Y] .", "place_of_death": "[X] died in [Y] .", "date_of_birth": "[X] (born [Y])."}  # LAMA's own
-
-
-def lama(files, words):
-    """LAMA: T-REx and Google-RE through their relations' templates, SQuAD and ConceptNet as masked sentences."""
-    templates, waiting = {}, []
-    for name, stream in files:
-        for where, row in rows(name, stream):
-            if name.endswith("relations.jsonl"):
-                if isinstance(row, BadRow):
-                    yield where, row
-                else:
-                    templates[row.get("relation")] = row.get("template")
-            elif isinstance(row, dict) and "predicate_id" in row:
-                # The evidences, nine tenths of the file, are not needed.
-                waiting.append((where, {key: row.get(key) for key in ("predicate_id", "sub_label", "obj_label")}))
-            else:
-                yield where, _attempt(_lama_sentence, row, words)
-    for where, row in waiting:
-        template = templates.get(row["predicate_id"])
-        if template is None:
-            raise DataError(f"{where}: no template for relation {row['predicate_id']}; put the authors' relations.jsonl beside TREx/")
-        yield where, _attempt(lambda row, words, template=template: cloze(template, field(row, "obj_label"), field(row, "sub_label")), row, words)
-
-
-def _lama_sentence(row, words):
-    if str(row.get("pred", "")).startswith("/people/"):
-        return cloze(GOOGLE_RE[row["pred"].rpartition("/")[2]], field(row, "obj_label"), field(row, "sub_label"))
-    sentences = row.get("masked_sentences")
-    if not isinstance(sentences, list) or not sentences:
-        raise BadRow('no "masked_sentences"')
-    return cloze(" ".join(sentences), field(row, "obj_label"))
-
-
-def cloze(sentence, answer, subject=None):
-    """A sentence to be completed; where its hole is not the end, the sentence with the hole marked as LAMA marks it."""
-    sentence = sentence.replace("[Y]", "[MASK]").replace("[X]", subject or "")
-    before, hole, after = sentence.partition("[MASK]")
-    if not hole:
-        raise BadRow("no [MASK] in the sentence")
-    prompt = before if before.strip() and not after.strip(" .?!)") else re.sub(r"\s+([.?!,])", r"\1", sentence)
-    return {"prompt": prompt.strip(), "response": answer.strip(), "subject": subject}
-
-
-def apps(files, words):
-    """APPS: the hub's JSON lines or the authors' folder of files a problem. Its solutions are texts and are never run."""
-    problems = {}
-    for name, stream in files:
-        if name.endswith((".jsonl", ".parquet")):
-            for where, row in rows(name, stream):
-                yield where, _attempt(_apps_problem, row, words)
-        else:
-            folder, _, part = name.rpartition("/")
-            try:
-                problems.setdefault(folder, {})[part.partition(".")[0]] = stream.read().decode()
-            except UnicodeDecodeError:
-                problems.setdefault(folder, {})[part.partition(".")[0]] = None
-    for folder, row in problems.items():
-        row["difficulty"] = _attempt(lambda row, words: json.loads(field(row, "metadata")).get("difficulty"), row, words)
-        yield folder, _attempt(_apps_problem, row, words)
-
-
-def _apps_problem(row, words):
-    if field(row, "difficulty") not in ("introductory", "interview"):
-        return "competition problems"
-    if not (row.get("solutions") or "").strip():
-        return "no solution"
-    try:
-        # Integers stay texts: some have more digits than int() takes.
-        solutions = json.loads(row["solutions"])
-        calls = json.loads(row.get("input_output") or "{}", parse_int=str).get("fn_name")
-    except (ValueError, AttributeError):
-        raise BadRow('"solutions" or "input_output" holds no JSON') from None
-    if not solutions:
-        return "no solution"
-    starter = row.get("starter_code") or ""
-    parts = [f"Question:\n{field(row, 'question')}"] + ([f"STARTER CODE:\n{starter.rstrip()}"] if starter.strip() else [])
-    prompt = "\n\n".join(parts) + f"\nUse {'Call-Based' if calls else 'Standard Input'} format\nAnswer:"
-    return {"prompt": prompt, "response": field({"solution": solutions[0]}, "solution")}
-
-
-def pair(prompt, response, row, words):
-    """A row whose two fields are prompt and response as they stand."""
-    return {"prompt": field(row, prompt), "response": field(row, response)}
-
-
-def ultrachat(row, words):
-    turns = _listed(row.get("data"))
-    if len(turns) < 2:
-        return "no answer to the first turn"
-    # A last question without an answer teaches nothing.
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns[: len(turns) // 2 * 2])]}
-
-
-def generic(row, words):
-    """The first 2 x `words` words of a document (appendix B.5)."""
-    document = row.get("text", row.get("content"))
-    if not isinstance(document, str):
-        raise BadRow('no text in field "text" or "content"')
-    split = document.split(None, 2 * words)[: 2 * words]
-    return passage(split, words) if len(split) == 2 * words else "shorter than two passages"
-
-
-OWN_FIELDS = 'prompt and response, question and answer(s), instruction and output, problem and solution, messages, data, text or content'
-
-
-def own(row, words):
-    """A row of the user's own file, by its fields."""
-    if "messages" in row:
-        return {"messages": row["messages"]}
-    if "data" in row:
-        return ultrachat(row, words)
-    if "text" in row or "content" in row:
-        return generic(row, words)
-    for prompt, response in (("prompt", "response"), ("instruction", "output"), ("problem", "solution")):
-        if prompt in row:
-            return pair(prompt, response, row, words) | {"aliases": _listed(row.get("aliases", []))}
-    if "question" in row:
-        answers = _listed(row.get("answers", row.get("aliases", [])))
-        if "answer" not in row and not answers:
-            raise BadRow("no answer")
-        return qa(field(row, "question"), field(row, "answer") if "answer" in row else answers[0], answers)
-    raise BadRow(f"none of the fields {OWN_FIELDS}")
-
-
-def own_file(files, words):
-    for name, stream in files:
-        if name.endswith(".txt"):
-            split = []
-            for number, line in enumerate(stream, 1):
-                try:
-                    split += line.decode().split()
-                except UnicodeDecodeError:
-                    yield f"{name}:{number}", BadRow("not UTF-8")
-                while len(split) >= 2 * words:
-                    yield f"{name}:{number}", passage(split, words)
-                    del split[: 2 * words]
-        else:
-            yield from each(own)([(name, stream)], words)
-
-
-def each(make):
-    """The reader of a set whose rows stand each for itself."""
-
-    def read(files, words):
-        for name, stream in files:
-            for where, row in rows(name, stream):
-                yield where, _attempt(make, row, words)
-
-    return read
-
-
-def _attempt(make, row, words):
-    """make's outcome; what is malformed is a BadRow."""
-    if isinstance(row, BadRow):
-        return row
-    try:
-        if not isinstance(row, dict):
-            raise BadRow("not a JSON object")
-        outcome = make(row, words)
-        if isinstance(outcome, dict):
-            check_example(outcome)
-        return outcome
-    except BadRow as error:
-        return error
-
-
-@dataclass
-class Usable:
-    """What published files hold."""
-
-    examples: list
-    dropped: collections.Counter  # {reason: rows}
-    bad: int  # malformed rows passed over
-    opened: list  # Bounded streams, each with what was read of it
-
-
-def read_usable(name, row, files, n, words, skip_bad):
-    """The Usable of a set's files, as few rows read as n examples take where the set is streamed."""
-    usable = Usable([], collections.Counter(), 0, [])
-    found = row.read(walk(files, re.compile(row.wanted), usable.opened), words)
-    for where, outcome in progress_bar(found, desc=f"reading {Path(name).name}", unit=" rows"):
-        if isinstance(outcome, dict):
-            usable.examples.append(outcome)
-            if row.streamed and len(usable.examples) == n:
-                break
-        elif isinstance(outcome, str):
-            usable.dropped[outcome] += 1
-        else:
-            usable.bad += 1
-            if usable.bad > skip_bad:
-                raise DataError(f"{where}: {outcome}; mend it, or pass over up to N such rows with --skip-bad N")
-    found.close()
-    return usable
-
-
-def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
-    """(examples, manifest entries) of a published set, at most n.
-
-    least: where a stream's first lines, which are all that was downloaded, hold fewer, it is read on.
-    """
-    files = raw_files(name, row, raw) if row.wanted else [Path(name)]
-    if not files:
-        files = [fetch(name, row, raw, row.first_lines)]
-    for path in files:
-        stated = path.with_name(path.name + ".sha256")
-        if stated.exists() and not row.streamed and _sha256(path) != stated.read_text().split()[0]:
-            raise DataError(f"{path}: its sha256 is not the one in {stated.name}; remove both and get it again")
-    usable = read_usable(name, row, files, n, words, skip_bad)
-    while len(usable.examples) < least and (lines := lines_of_beginning(files, row)):
-        files = [read_on(files[0], lines, name, row, raw)]
-        usable = read_usable(name, row, files, n, words, skip_bad)
-    examples, dropped = usable.examples, usable.dropped
-    if row.kind == "factoid":
-        examples = _without_conflicts(examples, dropped)
-    # Paths as seen from raw/, so that a manifest does not depend on where that lies.
-    place = (lambda path: os.path.relpath(path, raw)) if row.wanted else (lambda path: Path(path).name)
-    if row.streamed:
-        # Of what is read piece by piece just those bytes; parquet is read here and there, so all of the file.
-        sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} if b.n_read else _source(b.path) for b in usable.opened}
-    else:
-        random.Random(f"{name} {seed}").shuffle(examples)
-        sources = {place(path): _source(path) for path in files}
-        if len(files) > 50:
-            listing = "".join(f"{source['sha256']}  {path}\n" for path, source in sources.items())
-            total = {"bytes": sum(source["bytes"] for source in sources.values()), "sha256": hashlib.sha256(listing.encode()).hexdigest()}
-            sources = {f"{len(files)} files below {place(os.path.commonpath(files))}": total}
-    if not examples:
-        raise DataError(f"{files[0]}: no usable example in it (dropped: {dict(dropped)}); see that it is the published file")
-    ended = {"ended": True} if row.streamed and len(examples) < n and not lines_of_beginning(files, row) else {}
-    return examples, {"sources": sources, "dropped": dict(dropped), "bad": usable.bad, "beyond_limit": max(0, len(examples) - n)} | ended
-
-
-def _source(path):
-    return {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
-
-
-def _sha256(path):
-    with intact(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _without_conflicts(examples, dropped):
-    """Each question once, and none that is asked with different answers: those cannot all be memorized."""
-    answers = {}
-    for example in examples:
-        answers.setdefault(example["prompt"], set()).add(example["response"].lower())
-    kept = {e["prompt"]: e for e in reversed(examples) if len(answers[e["prompt"]]) == 1}
-    conflicting = sum(len(answers[e["prompt"]]) > 1 for e in examples)
-    for reason, count in (("question repeats with another answer", conflicting), ("question repeats", len(examples) - conflicting - len(kept))):
-        if count:
-            dropped[reason] = count
-    return list(reversed(kept.values()))
-
-
-def raw_files(name, row, raw):
-    """The published files of a set that are at hand, in order of their names: all below raw/NAME/, or raw/NAME.*"""
-    folders = [Path(raw) / folder for folder in (name, *row.folders)]
-    found = [path for folder in folders for path in folder.rglob("*")] + list(Path(raw).glob(f"{name}.*"))
-    hidden = (".part", ".sha256", ".tmp")
-    found = sorted(path for path in found if path.is_file() and not path.name.startswith(".") and not path.name.endswith(hidden)
-                   and not path.name.endswith(".part.json") and (ARCHIVE.search(path.name) or re.search(row.wanted, str(path))))  # fmt: skip
-    # Of one file's beginnings the longest holds the others.
-    longest = {}
-    for path in sorted((path for path in found if BEGINNING.search(path.name)), key=lambda path: int(BEGINNING.search(path.name)[1])):
-        longest[BEGINNING.sub(".", str(path))] = path
-    return [path for path in found if not BEGINNING.search(path.name) or path in longest.values()]
-
-
-BEGINNING = re.compile(r"\.first-(\d+)\.")  # in the name of a file of which only so many lines were downloaded
-
-
-def lines_of_beginning(files, row):
-    """How many lines of a longer file were downloaded, if such a beginning is all there is; else 0."""
-    match = BEGINNING.search(files[0].name) if len(files) == 1 and row.first_lines else None
-    ours = match and BEGINNING.sub(".", files[0].name) in [Path(url).name for url in row.urls]
-    lines = int(match[1]) if ours else 0
-    return lines if lines and _count_lines(files[0]) == lines else 0
-
-
-def read_on(shorter, lines, name, row, raw):
-    """Download twice the lines of a file's beginning; returns the path of that, which takes the shorter one's place."""
-    longer = fetch(name, row, raw, 2 * lines)
-    with intact(shorter), open(shorter, "rb") as old, open(longer, "rb") as new:
-        alike = all(ours == theirs for ours, theirs in zip(old, new))
-    replaced = shorter if alike else longer
-    for file in (replaced, replaced.with_name(f"{replaced.name}.sha256")):
-        file.unlink(missing_ok=True)
-    if not alike:
-        raise DataError(f"{shorter}: the published file no longer begins so; keep to what is here with --fewer, or remove "
-                        "it and build the sets made from it again")  # fmt: skip
-    return longer
-
-
-def fetch(name, row, raw, first_lines=0):
-    """Download a set's published file, or its first lines, from the first place that has it; returns its path below raw/."""
-    put = f"put {row.files} into {Path(raw) / name}/"
-    if not row.urls:
-        raise DataError(f"{name}: cannot be downloaded; {put}")
-    faults = []
-    for url in row.urls:
-        url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
-        file = Path(url.partition("?")[0]).name
-        if first_lines:
-            file = f"{Path(file).stem}.first-{first_lines}{Path(file).suffix}"
-        try:
-            download(url, Path(raw) / name / file, first_lines)
-            return Path(raw) / name / file
-        except DataError as error:
-            faults.append(str(error))
-    raise DataError(f"{name}: {'; '.join(faults)}; try again later, or {put}")
-
-
-# ---------------------------------------------------------------- the table of sets
-
-
-@dataclass
-class Set:
-    kind: str  # factoid: exact match can be asked; mixing: passages of --words words; else non-factoid
-    about: str
-    # Of an example by Llama 3's tokenizer, the template included; of a mixing set those that --words do not change, and
-    # those for each word. Measured on a few, math's and ultrachat's a guess: for plans alone, where no file is at hand.
-    tokens: int
-    size: int = 20_000  # examples built unless told otherwise; of its large sources the paper's release reads as many rows
-    tokens_a_word: float = 0
-    stop_loss: float = 1e-4  # default of --stop-loss (appendix B.4); 0 trains all epochs
-    build: Callable = None  # a generated set: (n, seed, words, raw) -> (examples, manifest entries)
-    ends: bool = False  # whether what it is generated from does
-    # a published set:
-    read: Callable = None  # (files, words) -> (where, outcome) of each row
-    files: str = ""  # what it is made of, in words
-    wanted: str = ""  # and as a pattern of paths
-    urls: tuple = ()  # places that have it, the first that answers is taken
-    first_lines: int = 0  # of a long file, the only lines downloaded
-    streamed: bool = False  # read in file order, no further than needed; else read whole and shuffled by the seed
-    folders: tuple = ()  # names other than its own for its folder below raw/
-
-
-HUB = "https://huggingface.co/datasets"
-TEXT_FILES = r"\.(jsonl|json|parquet)(\.gz|\.bz2|\.zst)?$"
-
-SETS = {
-    "kvr": Set("factoid", "Key-Value Recall, generated", 29, 2000, stop_loss=0, build=build_kvr),
-    "kvr-id": Set("factoid", "other keys and values, none of them in kvr", 29, 2000, stop_loss=0, build=functools.partial(build_kvr, half=1)),
-    "bios": Set("factoid", "six facts about each of many made-up people, generated", 32, 2000, build=build_bios),
-    "bios-id": Set("factoid", "other people, none of them in bios", 32, 2000, build=functools.partial(build_bios, half=1)),
-    "popqa": Set("factoid", "questions about long-tail entities", 30, read=each(popqa), files="test.tsv", wanted=r"\.(tsv|parquet)$",
-                 urls=(f"{HUB}/akariasai/PopQA/resolve/main/test.tsv",)),
-    "triviaqa": Set("factoid", "trivia questions", 35, read=each(triviaqa), files="triviaqa-unfiltered.tar.gz or the hub's unfiltered.nocontext parquet",
-                    wanted=r"^(?!.*(dev|test|validation)[^/]*$).*\.(json|parquet)$",
-                    urls=(f"{HUB}/mandarjoshi/trivia_qa/resolve/main/unfiltered.nocontext/train-00000-of-00001.parquet",
-                          "https://nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz")),
-    "lama": Set("factoid", "cloze facts of T-REx, Google-RE, SQuAD and ConceptNet", 20, read=lama, files="the authors' data.zip",
-                wanted=r"(TREx/P\d+|Google_RE/\w+_test|Squad/test|ConceptNet/test|relations)\.jsonl$",
-                urls=("https://dl.fbaipublicfiles.com/LAMA/data.zip",)),
-    "entityqa": Set("factoid", "EntityQuestions: 24 relations of Wikidata", 30, read=entityqa, files="the authors' dataset.zip",
-                    wanted=r"(train|dev|test)/P\d+\.\w+\.json$", urls=("https://nlp.cs.princeton.edu/projects/entity-questions/dataset.zip",),
-                    folders=("entityquestions",)),
-    "webqa": Set("factoid", "WebQuestions: questions asked of a search engine", 31, read=each(webqa), files="webquestions.examples.train.json or the hub's parquet",
-                 wanted=r"\.(json|parquet)(\.bz2)?$", urls=(f"{HUB}/stanfordnlp/web_questions/resolve/main/data/train-00000-of-00001.parquet",),
-                 folders=("webq",)),
-    "gsm8k": Set("non-factoid", "grade-school mathematics", 174, read=each(functools.partial(pair, "question", "answer")), files="train.jsonl",
-                 wanted=r"train[^/]*\.(jsonl|parquet)$",
-                 urls=("https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/train.jsonl",)),
-    "math": Set("non-factoid", "competition mathematics, withdrawn from the hub", 300, read=each(functools.partial(pair, "problem", "solution")),
-                files="your copy of the authors' MATH folder or MATH.tar", wanted=r"train/[^/]+/\d+\.json$"),
-    "evolcode": Set("non-factoid", "instructions for code", 323, read=each(functools.partial(pair, "instruction", "output")), files="EvolInstruct-Code-80k.json",
-                    wanted=r"\.(json|parquet)$", urls=(f"{HUB}/nickrosh/Evol-Instruct-Code-80k-v1/resolve/main/EvolInstruct-Code-80k.json",)),
-    "apps": Set("non-factoid", "programming problems, introductory and interview", 600, read=apps, files="the hub's train.jsonl or the authors' APPS.tar.gz",
-                wanted=r"train[^/]*\.(jsonl|parquet)$|train/\d+/(question\.txt|solutions\.json|input_output\.json|metadata\.json|starter_code\.py)$",
-                urls=(f"{HUB}/codeparrot/apps/resolve/main/train.jsonl",)),
-    "ultrachat": Set("non-factoid", "dialogues", 1000, read=each(ultrachat), files="train_0.jsonl", wanted=r"\.jsonl(\.gz|\.zst)?$", streamed=True,
-                     urls=(f"{HUB}/stingning/ultrachat/resolve/main/train_0.jsonl",), first_lines=20_000),
-    "random": Set("mixing", "random words of the NLTK words corpus", 22, 4000, tokens_a_word=5.6, build=build_random),
-    "k-pile": Set("mixing", "passages of Knowledge Pile", 21, 4000, tokens_a_word=2.5, read=each(generic), files="one of its JSON-lines files", wanted=TEXT_FILES, streamed=True,
-                  urls=(f"{HUB}/Query-of-CC/Knowledge_Pile/resolve/main/data/part-65c38103819a-000496.jsonl",), first_lines=20_000),
-    "a-pile": Set("mixing", "passages of The Pile's ArXiv part", 21, 4000, tokens_a_word=2.5, read=each(generic), files="a parquet file of the ArXiv 50k sample", wanted=TEXT_FILES, streamed=True,
-                  urls=(f"{HUB}/haritzpuerto/the_pile_arxiv_50k_sample/resolve/refs%2Fconvert%2Fparquet/default/train/0000.parquet",)),
-    "fineweb": Set("mixing", "passages of FineWeb", 21, 4000, tokens_a_word=2.5, read=each(generic), files="a parquet file of the FineWeb 100M sample", wanted=TEXT_FILES, streamed=True,
-                   urls=(f"{HUB}/kh4dien/fineweb-100m-sample/resolve/main/data/train-00000-of-00002.parquet",)),
-    "pydoc": Set("mixing", "the language reference inside every CPython", 21, 4000, tokens_a_word=2.9, build=build_pydoc, ends=True),
-}  # fmt: skip
-OWN = Set("own", "the user's own file", 0, sys.maxsize, read=own_file)
-OWN_FILE = re.compile(r"(.+)\.(jsonl|json|tsv|parquet|txt)(\.gz|\.bz2|\.zst)?$")
-DEFAULT_WORDS = 50
-SLICE = 2000  # examples of a published factoid set that are NAME-id's, unless told otherwise: the second 2,000
-
-
-def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip_bad=0, size=SLICE, least=0):
-    """Write a set's flat file and manifest, and those of its second slice NAME-id where there is one; returns the flat files' paths.
-
-    n is an upper limit where the source has fewer; a stream is read on until there are `least`. size: of a slice. name
-    may be a file of the user's own.
-    """
-    if name in SETS:
-        row = SETS[name]
-    elif OWN_FILE.match(name):
-        row = OWN
-    else:
-        return build(resolve(name)[0], out, n, seed, words, raw, skip_bad, size, least)
-    n = n or row.size
-    path = flat_file(name, out, words) if row is not OWN else own_flat_file(name, out)
-    examples, manifest = row.build(n, seed, words, raw) if row.build else read_published(name, row, n, seed, words, raw, skip_bad, least)
-    if row is OWN:
-        manifest["sources"] = {relative_path(name, out): source for source in manifest["sources"].values()}
-    examples = [{"id": f"{path.stem.partition('.')[0]}-{i}"} | example for i, example in enumerate(examples[:n])]
-    slices = {path: examples}
-    if row.kind == "factoid" and row.read:
-        # The set itself last: where it is, its second slice is too.
-        slices = {flat_file(f"{name}-id", out): second_slice(examples, size), path: first_slice(examples, size)}
-        manifest["slice"] = size
-        subjects = {example["id"]: example.pop("subject") for example in examples}
-        write_file(path.with_suffix(".subjects.json"), json.dumps(subjects, indent=0, ensure_ascii=False) + "\n")
-    for path, part in slices.items():
-        facts = {"name": path.stem.partition(".")[0], "seed": seed, "kept": len(part), "dropped": {}} | manifest
-        if row.kind in ("mixing", "own"):
-            facts["words"] = words
-        write_flat(path, part, facts)
-    return [place for place in sorted(slices, key=lambda place: place != path) if slices[place]]
-
-
-def is_name_of_set(stem):
-    """Whether a file of such a name is a set's: popqa, but also popqa-id, popqa.unfamiliar, popqa.subjects, random.w8."""
-    return stem.partition(".")[0].removesuffix("-id") in SETS
-
-
-def own_flat_file(name, out):
-    """The place of a user's own file among the flat files; a DataError where it is another's, or the file itself."""
-    path = Path(out) / f"{OWN_FILE.match(Path(name).name).group(1)}.jsonl"
-    if is_name_of_set(path.stem) or path.resolve() == Path(name).resolve():
-        raise DataError(f"{name}: {path} is its own or a set's place; rename it, or give another --out")
-    manifest = path.with_suffix(".json")
-    sources = _read_json(manifest, f"remove it and {path}").get("sources", {}) if manifest.exists() else {}
-    known = relative_path(name, out) in sources or not Path(name).exists()
-    if path.exists() and not known and _sha256(name) not in [s["sha256"] for file, s in sources.items() if Path(file).suffix == Path(name).suffix]:
-        raise DataError(f"{name}: {path} was made of {', '.join(sources) or 'something else'}; rename {Path(name).name}, remove {path}, or give another --out")
-    return path
-
-
-def first_slice(examples, size):
-    """What a published factoid set is to training: all but its second slice."""
-    return examples[:size] + examples[2 * size :]
-
-
-def second_slice(examples, size):
-    """NAME-id: unseen facts of the same set."""
-    return examples[size : 2 * size]
-
-
-def slice_size(path):
-    """Facts of a slice of the set in a flat file, as the manifest beside it says."""
-    manifest = path.with_suffix(".json")
-    return _read_json(manifest, "build the set again").get("slice", SLICE) if manifest.exists() else SLICE
-
-
-def write_flat(path, examples, manifest):
-    """A flat file and its manifest; no flat file where there are no examples."""
-    if not examples:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)
-        return
-    write_file(path.with_suffix(".json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    lines = ({key: value for key, value in example.items() if key != "aliases" or value} for example in examples)
-    write_file(path, "".join(map(json_line, lines)))
-
-
-def resolve(name):
-    """(set, is it the second slice, "familiar", "unfamiliar" or "") of a data name such as popqa, popqa-id or popqa-id.unfamiliar."""
-    stem, _, familiarity = name.partition(".")
-    second = stem not in SETS and stem.endswith("-id")
-    base = stem.removesuffix("-id") if second else stem
-    splits = ("", "familiar", "unfamiliar") if base in SETS and SETS[base].kind == "factoid" else ("",)
-    if base not in SETS or familiarity not in splits or second and (SETS[base].kind != "factoid" or SETS[base].build):
-        raise DataError(f"no data set {name!r}: choose from {', '.join(SETS)}, NAME-id for a factoid set's second slice, or give the path of a .jsonl file")
-    return base, second, familiarity
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The untouched model that facts are familiar or unfamiliar to."""
-
-    name: str  # a label: model.model_name of the path
-    path: str
-    sha256: str  # what it is: model.content_id
-
-    @classmethod
-    def of(cls, entry):
-        """The model that a stage, an entry of a lineage, goes back to."""
-        return cls(entry["base_model_name"], entry["base_model"], entry["base_model_sha256"])
-
-
-def split_file(stem, kind, base_model, data="data"):
-    """Where a base model's "familiar" or "unfamiliar" facts of a set lie: found by what the model is, whatever it was called."""
-    digits = base_model.sha256[:8]
-    found = sorted(Path(data).glob(f"{glob.escape(stem)}.{kind}.*-{digits}.jsonl"))
-    return found[0] if found else Path(data) / f"{stem}.{kind}.{base_model.name}-{digits}.jsonl"
-
-
-def split_files(stem, base_model, data="data"):
-    """All that sorting a set for a base model leaves, as a shell pattern: what to remove to sort it anew."""
-    return f"{data}/{stem}.*-{base_model.sha256[:8]}.*"
-
-
-def flat_file(name, data="data", words=DEFAULT_WORDS, base_model=None):
-    """Where a set lies: a name's own flat file, or the path itself where a path to a .jsonl file is given."""
-    if name.endswith(".jsonl"):
-        return Path(name)
-    base, _, familiarity = resolve(name)
-    if familiarity and not base_model:
-        there = ", ".join(map(str, sorted(Path(data).glob(f"{base}.{familiarity}.*.jsonl"))))
-        raise DataError(f"{name}: which facts are {familiarity} depends on the base model; give a file's path: {there or f'none is in {data}/ yet'}")
-    if familiarity:
-        return split_file(base, familiarity, base_model, data)
-    return Path(data) / (f"{name}.jsonl" if SETS[base].kind != "mixing" or words == DEFAULT_WORDS else f"{name}.w{words}.jsonl")
-
-
-def was_sorted(name, base_model, data="data"):
-    """Whether a base model was asked a set: one of its two files is there; the other is not where it knew all or
-    nothing."""
-    base, _, _ = resolve(name)
-    return any(split_file(base, kind, base_model, data).exists() for kind in ("familiar", "unfamiliar"))
-
-
-def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None, fewer=False):
-    """(the first n examples of a set or all of them, sha256 of their lines); fewer: as many as there are, where that is less.
-
-    A set that is missing is built, and one that is generated or streamed and too short built longer, with the seed that its
-    manifest names. base_model: whose familiar or unfamiliar facts a name such as popqa.familiar means.
-    """
-    path = flat_file(name, data, words, base_model)
-    lines = _read_lines(path, n) if path.exists() else []
-    if not name.endswith(".jsonl"):
-        base, second, familiarity = resolve(name)
-        if familiarity:
-            check_split(path, base, base_model)
-            lines = _read_lines(path, None)
-            lines = (second_slice if second else first_slice)(lines, slice_size(path))[:n]
-        elif too_short(path, base, n, data, raw, fewer):
-            with alone_at(flat_file(base, data)):
-                if too_short(path, base, n, data, raw, fewer):  # still, if another process was at it
-                    build_longer(base, n or 0, data, words, raw, fewer)
-            lines = _read_lines(path, n) if path.exists() else []
-    elif not path.exists():
-        raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
-    if len(lines) < (1 if fewer else n or 1):
-        whose = "" if name == str(path) else f" for {name}"
-        less = ("ask for fewer (for a mix, a lower ratio or shorter passages; train.py and run_all.sh take what there "
-                "is with --fewer)") if not fewer else "leave it out"  # fmt: skip
-        raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {less}")
-    examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
-    return examples, hashlib.sha256(b"".join(lines)).hexdigest()
-
-
-def too_short(path, base, n, data, raw, fewer=False):
-    """Whether a set's flat file must be built: it is missing, or there can be more than the fewer than n that it holds.
-
-    fewer: what it holds is enough if its source had no more.
-    """
-    if not path.exists():
-        return SETS[base].kind != "factoid" or not flat_file(base, data).exists()  # an empty second slice has no file
-    manifest, row = path.with_suffix(".json"), SETS[base]
-    if not n or not (row.build or row.streamed) or not manifest.exists() or len(_read_lines(path, n)) >= n:
-        return False
-    known = _read_json(manifest, "remove it and its .jsonl")
-    if not fewer or not known.get("ended"):
-        return True
-    files = raw_files(base, row, raw) if row.read else []
-    return any(os.path.relpath(file, raw) not in known["sources"] for file in files)
-
-
-def build_longer(name, n, data, words, raw, fewer=False):
-    """Build a set as its manifest says, if there is one, with at least n examples if its source has them; fewer: or can be had."""
-    path = flat_file(name, data, words)
-    manifest = path.with_suffix(".json")
-    known = _read_json(manifest, "remove it and its .jsonl") if manifest.exists() else {}
-    as_known = {"n": max(n, SETS[name].size), "seed": known.get("seed", 0), "words": words, "raw": raw, "size": known.get("slice", SLICE)}
-    if fewer:
-        build_at_most(name, data, **as_known, least=n)
-    else:
-        build(name, data, **as_known, least=n)
-
-
-def build_at_most(name, out, *, raw, least, **options):
-    """Build a set with `least` examples, or with what is here where no more can be had."""
-    base, _, _ = resolve(name)
-    try:
-        return build(name, out, raw=raw, least=least, **options)
-    except DataError as error:
-        if not SETS[base].first_lines or not raw_files(base, SETS[base], raw):
-            raise
-        paths = build(name, out, raw=raw, **options)
-        print(f"{error}; going on with what is here", file=sys.stderr)
-        return paths
-
-
-def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None):
-    """How many of the n examples that are asked for a set has, as far as files here tell; None where none does.
-
-    Of a set that is still to be split for a base model as many as it has at most. Builds what can be without a download.
-    """
-    if name.endswith(".jsonl"):
-        return len(_read_lines(Path(name), n)) if Path(name).exists() else None
-    base, second, familiarity = resolve(name)
-    row, path = SETS[base], flat_file(base, data, words)
-    if familiarity and base_model and was_sorted(name, base_model, data):
-        split = split_file(base, familiarity, base_model, data)
-        if not split.exists():
-            return 0
-        check_split(split, base, base_model)
-        asked = _read_json(split.with_suffix(".json"), "remove it and its .jsonl").get("data_sha256")
-        if asked and path.exists() and asked != load_pool(base, data, raw)[1]:
-            raise DataError(f"{split}: made by asking other facts than {path} now holds; remove "
-                            f"{split_files(base, base_model, data)} to ask these")  # fmt: skip
-        lines = _read_lines(split, None)
-        return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
-    if row.build and not row.ends:
-        return n
-    if too_short(path, base, n, data, raw, fewer=True):
-        files = [] if row.build else raw_files(base, row, raw)
-        if not row.build and not files and not row.urls:
-            return 0  # nobody but the user can bring it
-        if not row.build and (not files or lines_of_beginning(files, row)):
-            return None  # what a download will bring
-        load_examples(base, n, data, words, raw, fewer=True)
-    path = flat_file(f"{base}-id", data) if second else path
-    return len(_read_lines(path, n)) if path.exists() else 0
-
-
-def load_pool(name, data="data", raw="raw"):
-    """(all facts of a set, both slices, in the order in which it was built, sha256 of their lines)."""
-    if name.endswith(".jsonl"):
-        return load_examples(name, None, data)
-    base, _, _ = resolve(name)
-    if SETS[base].kind != "factoid" or SETS[base].build:
-        raise DataError(f"{name}: not a published set of facts; --split sorts {', '.join(n for n, r in SETS.items() if r.kind == 'factoid' and r.read)}")
-    facts, sha256 = load_examples(base, None, data, raw=raw)
-    if flat_file(f"{base}-id", data).exists():
-        second, second_sha256 = load_examples(f"{base}-id", None, data)
-        size = slice_size(flat_file(base, data))
-        facts, sha256 = facts[:size] + second + facts[size:], hashlib.sha256((sha256 + second_sha256).encode()).hexdigest()
-    return facts, sha256
-
-
-def check_split(path, stem, base_model):
-    """A DataError unless a file of familiar or unfamiliar facts was made by asking this base model."""
-    remedy = f"run python evaluate.py {base_model.path} --split {stem}"
-    manifest = path.with_suffix(".json")
-    if not path.exists() and was_sorted(stem, base_model, path.parent):
-        raise DataError(f"{path}: no such file, as {base_model.name} has no such facts; leave out {stem}")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; {remedy}, which makes it where {base_model.name} has such facts")
-    if not manifest.exists() or _read_json(manifest, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:
-        raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove both and {remedy}")
-    whole = flat_file(stem, path.parent)
-    if whole.exists() and slice_size(whole) != slice_size(path):
-        raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not "
-                        f"{slice_size(whole)}; remove {split_files(stem, base_model, path.parent)} and {remedy}")  # fmt: skip
-
-
-def is_split(name):
-    """Whether a data name's facts depend on what a base model knows: those of a published set."""
-    if name.endswith(".jsonl"):
-        return False
-    base, _, _ = resolve(name)
-    return SETS[base].kind == "factoid" and not SETS[base].build
-
-
-def familiarity(name, base_model, data="data"):
-    """Which facts of a set are learned: "unfamiliar" of one that is split, "" where the name says so or nothing is split."""
-    if not is_split(name) or resolve(name)[2]:
-        return ""
-    base = resolve(name)[0]
-    if not split_file(base, "unfamiliar", base_model, data).exists():
-        raise DataError(f"{name}: not split into what {base_model.name} knows and what not: run python evaluate.py {base_model.path} "
-                        f"--split {base}, or take all facts with --unfiltered")  # fmt: skip
-    return "unfamiliar"
-
-
-def stage_set(entry):
-    """The data name of what a stage, an entry of a lineage, was trained on."""
-    return f"{entry['data']}.{entry['familiarity']}" if entry.get("familiarity") else entry["data"]
-
-
-def stage_facts(entry, data="data"):
-    """The facts that a stage, an entry of a lineage, was trained on; none for a set whose answers are no facts."""
-    name = stage_set(entry)
-    if entry["data"] in SETS and SETS[entry["data"]].kind != "factoid":
-        return []
-    examples, sha256 = load_examples(name, entry["num_examples"], data, base_model=BaseModel.of(entry))
-    if sha256 != entry["data_sha256"]:
-        where, remedy = (name, "restore them") if name.endswith(".jsonl") else (f"{name} in {data}/", "give the folder that holds them with --data-dir")
-        raise DataError(f"{where}: its first {entry['num_examples']} lines are not those that stage {entry['stage']} was trained on; {remedy}")
-    return [example for example in examples if "messages" not in example]
-
-
-def set_label(name):
-    """A data name as files and tables show it: that of a path without folder and .jsonl."""
-    return Path(name).stem if name.endswith(".jsonl") else name
-
-
-def _read_lines(path, n):
-    """The first n lines, or all of them."""
-    try:
-        with open(path, "rb") as file:
-            return list(itertools.islice(file, n))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror.lower()}; check it") from None
-
-
-def _read_example(path, number, line):
-    try:
-        try:
-            example = json.loads(line)
-        except ValueError:
-            raise BadRow("not a JSON object in UTF-8") from None
-        if not isinstance(example, dict) or not isinstance(example.get("id"), str):
-            raise BadRow('not an object with an "id" of type string')
-        check_example(example)
-    except BadRow as error:
-        raise DataError(f"{path}:{number}: {error}; mend the line or build the file again") from None
-    return example
-
-
-def check_example(example):
-    """A BadRow where an example is neither a prompt with an answer nor a chat."""
-    if "messages" in example:
-        messages = example["messages"]
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise BadRow('"messages" is not a list of pairs of messages')
-        if messages and messages[0].get("role") == "system":
-            if not isinstance(messages[0].get("content"), str):
-                raise BadRow("the system's message has no text")
-            messages = messages[1:]
-        if not messages or len(messages) % 2:
-            raise BadRow('"messages" is not a list of pairs of messages')
-        if [message.get("role") for message in messages] != ["user", "assistant"] * (len(messages) // 2):
-            raise BadRow("messages do not alternate between user and assistant")
-        texts = [message.get("content") for message in messages]
-    else:
-        texts = [example.get("prompt"), example.get("response")]
-    if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1::2]):
-        raise BadRow("no prompt, or an empty answer")
-
-
-# ---------------------------------------------------------------- overlap
-
-OVERLAP_LIMIT = 0.013  # appendix B.6: the paper's sets stay below
-LINKING = ("of", "the", "and", "de", "la", "van", "von")  # inside a name
-COMMON = set("a an the of in on at to for by and or is was were are did does do what which who whom whose where when how why name".split())
-
-
-def word_text(text):
-    """A text's words in lower case, with a space around each: a phrase is in it where its own word_text is."""
-    return " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
-
-
-def subjects_of(name, data="data"):
-    """{id: subject} of a set that names them, whatever slice or part of it a data name means."""
-    stem = Path(name).name.removesuffix(".jsonl").partition(".")[0].removesuffix("-id")
-    sidecar = Path(data) / f"{stem}.subjects.json"
-    return _read_json(sidecar, "build the set again") if sidecar.exists() else {}
-
-
-def guess_subject(prompt):
-    """The phrases that name what a question is about: its longest run of words with capitals or digits, or else each of
-    its words that is not common."""
-    asked = prompt.removeprefix("Question: ").removesuffix("\nThe answer is:")
-    names = names_in(asked)
-    return [max(names, key=len)] if names else [word for word in word_text(asked).split() if word not in COMMON]
-
-
-def names_in(text):
-    """The runs of words in a text that have capitals or digits (Ágnes, iPhone, 4), small words between them included;
-    the question word in front of one is none of it."""
-    runs, between = [[]], []
-    for word in re.findall(r"[\w'.-]+|\S", text):
-        if any(letter.isupper() or letter.isdigit() for letter in word):
-            runs[-1] += [*between, word] if runs[-1] else [word]
-            between = []
-        elif word in LINKING:
-            between.append(word)
-        else:
-            runs.append([])
-            between = []
-    asking = COMMON - {"the", "a", "an"}
-    runs = [run[1:] if run and run[0].lower() in asking else run for run in runs]
-    return [" ".join(run) for run in runs if run and not (len(run) == 1 and run[0].lower() in COMMON)]
-
-
-def overlap(facts, subjects, documents):
-    """[(fact, number of documents, one of them), ...] where subject and answer stand in the same document (appendix B.6).
-
-    subjects: {id: subject} where the set names them; else they are guessed from the question.
-    """
-    wanted = []  # of each fact, the phrases that must stand in a document
-    for fact in facts:
-        subject = subjects.get(fact["id"])
-        phrases = [*([subject] if subject else guess_subject(fact["prompt"])), fact["response"]]
-        wanted.append([word_text(phrase) for phrase in phrases])
-    needed = {word for phrases in wanted for word in "".join(phrases).split()}
-    texts, index = [], collections.defaultdict(set)
-    for i, document in enumerate(documents):
-        texts.append(word_text(" ".join(text for turn in turns(document) for text in turn)))
-        for word in needed.intersection(texts[-1].split()):
-            index[word].add(i)
-    found = []
-    for fact, phrases in zip(facts, wanted):
-        if len(phrases) == 1 or not all(phrase.strip() for phrase in phrases):
-            continue  # a question or an answer without a word
-        candidates = sorted((index[word] for word in set("".join(phrases).split())), key=len)
-        together = [i for i in set.intersection(*candidates) if all(phrase in texts[i] for phrase in phrases)]
-        if together:
-            found.append((fact, len(together), documents[min(together)]))
-    return found
-
-
-# ---------------------------------------------------------------- order and batches
-
-
-def epoch_order(n, seed, epoch):
-    """Every index below n once, in an order that (n, seed, epoch) alone decide."""
-    order = list(range(n))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return order
-
-
-def batches(n, batch_size, epochs, seed):
-    """(epoch, indices) of each step: every example once an epoch, the last batch as small as it comes."""
-    for epoch in range(epochs):
-        order = epoch_order(n, seed, epoch)
-        for start in range(0, n, batch_size):
-            yield epoch, order[start : start + batch_size]
-
-
-PADDED = 1 / 8  # about what a token of the padded batch, which attention alone computes, costs beside a packed one
-
-
-def micro_batches(lengths, budget, world):
-    """Share a batch out over the ranks, and each rank's part into groups of similar length.
-
-    lengths: {index: tokens}. A group has at most budget tokens once padded, or is one example alone. Returns lists of
-    indices, a multiple of `world` of them, some empty where examples are few: rank r takes groups r, r + world, ...
-    """
-    by_length = sorted(lengths, key=lengths.get, reverse=True)
-    busy = min(world, len(lengths))  # ranks that get anything
-    shares, work = [[] for _ in range(world)], [0.0] * world
-    for index in by_length:  # the longest first, each to the rank that has least to do with it
-        longest = [lengths[share[0]] if share else lengths[index] for share in shares[:busy]]
-        with_it = [work[rank] + lengths[index] + PADDED * longest[rank] for rank in range(busy)]
-        rank = with_it.index(min(with_it))
-        shares[rank].append(index)
-        work[rank] = with_it[rank]
-    turns = itertools.zip_longest(*[cut(share, lengths, budget) for share in shares], fillvalue=[])
-    return list(itertools.chain.from_iterable(turns))
-
-
-def cut(indices, lengths, budget):
-    """Indices, the longest first, in groups of at most budget tokens once padded; at least one group."""
-    groups = [[]]
-    for index in indices:
-        # The first of a group is its longest and sets the padding.
-        if groups[-1] and lengths[groups[-1][0]] * (len(groups[-1]) + 1) > budget:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
 
 
 # ---------------------------------------------------------------- command line
@@ -2069,7 +2385,7 @@ def main():
     parser.add_argument("--verbose", action="store_true", help="with --overlap: print the facts")
     args = parser.parse_args()
     for name in args.names:
-        if name != "all" and not OWN_FILE.match(name):
+        if name != "all" and not is_own(name):
             resolve(name)
     if min(args.words, args.slice, 1 if args.limit is None else args.limit) < 1 or args.skip_bad < 0:
         raise DataError("--words, --slice and --limit must be at least 1, --skip-bad at least 0")
@@ -2080,7 +2396,7 @@ def main():
 
     failures, places = [], {}
     for name in args.names:
-        if name not in SETS and OWN_FILE.match(name):
+        if is_own(name):
             place = own_flat_file(name, args.out)
             other = places.setdefault(place, name)
             if Path(other).resolve() != Path(name).resolve():
@@ -2088,7 +2404,7 @@ def main():
     for name in SETS if "all" in args.names else args.names:
         try:
             options = {"n": args.limit, "seed": args.seed, "words": args.words, "raw": args.raw, "skip_bad": args.skip_bad}
-            if name not in SETS and OWN_FILE.match(name):
+            if is_own(name):
                 paths = build(name, args.out, **options)
             else:
                 with alone_at(flat_file(resolve(name)[0], args.out)):
@@ -2097,6 +2413,7 @@ def main():
                 manifest = json.loads(path.with_suffix(".json").read_bytes())
                 counts = [f"{count} dropped: {reason}" for reason, count in manifest["dropped"].items()]
                 counts += [f"{manifest[key]} {label}" for key, label in (("bad", "malformed rows passed over"), ("beyond_limit", "more usable")) if manifest.get(key)]
+                counts += [f"not read: {', '.join(manifest['unread'])}"] if manifest.get("unread") else []
                 sources = list(manifest.get("sources", ["generated"]))
                 from_ = sources[0] + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
                 if args.facts:
