@@ -466,6 +466,8 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 def chat(messages):
     """A chat of messages {"role", "content"}, of ShareGPT's {"from", "value"}, or of texts, the user's and the
     assistant's in turn. A last question, to which there is no answer, is left off."""
+    if not isinstance(messages, list):
+        raise BadRow("a chat that is no list of messages")
     said, unread = [], set()
     for i, message in enumerate(messages):
         if isinstance(message, str):
@@ -1178,7 +1180,7 @@ def check_unread(row, read):
     """
     said = [text for name in read for text in strings(row.get(name))]
     unread = {name for name in row.keys() - read - {"id"} if row[name] not in (None, "", [], {})}
-    for name in unread & DECISIVE:
+    for name in sorted(unread & DECISIVE):
         value = row[name] if name in ASKED + ANSWERED + DOCUMENTS else None
         if not isinstance(value, str) or not (any(value in text for text in said) or all(text in value for text in said)):
             raise BadRow(f'field "{name}" is not read beside {", ".join(sorted(read & row.keys()))}, and without it the '
@@ -1281,20 +1283,22 @@ class Walk:
         self.copies = []  # paths of those that were passed over
 
     def __iter__(self):
+        relative = {path: os.path.relpath(path, self.raw) if self.raw else path.name for path in self.files}
+        # What lies there unpacked comes before what is in archives.
+        taken = [path for path in self.files if not ARCHIVE.search(path.name) and self._takes(relative[path], path)]
         for path in self.files:
             with intact(path), open(path, "rb") as file:
                 check_start(path, file.read(200))
-            relative = os.path.relpath(path, self.raw) if self.raw else path.name
             if ARCHIVE.search(path.name):
                 members = self._zip(path) if path.suffix.lower() == ".zip" else self._tar(path)
                 for member, stream in members:
                     if member.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member):
                         raise DataError(f"{path}: holds a file named {member!r}, which leaves its folder; get the archive from its authors")
-                    if self._takes(f"{os.path.dirname(relative)}/{member}", f"{path}/{member}"):
+                    if self._takes(f"{os.path.dirname(relative[path])}/{member}", f"{path}/{member}"):
                         with intact(path):
                             content = stream()
                         yield f"{path}/{member}", self._bounded(content, f"{path}/{member}", UNPACKED_LIMIT)
-            elif self._takes(relative, path):
+            elif path in taken:
                 packed = PACKED.get(path.suffix.lower())
                 with intact(path), packed(path) if packed else open(path, "rb") as stream:
                     name = str(path.with_suffix("") if packed else path)
@@ -1523,8 +1527,7 @@ def read_usable(name, row, files, n, words, raw, skip_bad):
                 raise DataError(f"{where}: {outcome}; mend it, or pass over up to N such rows with --skip-bad N")
     found.close()
     if walk.copies:
-        print(f"{walk.copies[0]}{f' and {len(walk.copies) - 1} more' if len(walk.copies) > 1 else ''}: passed over, as a "
-              "file of that name was read from another place", file=sys.stderr)  # fmt: skip
+        print(f"{some(walk.copies)}: passed over, as a file of that name was read from another place", file=sys.stderr)
     if row.published not in (0, usable.n_rows):
         print(f"{name}: {usable.n_rows} rows in {os.path.commonpath(files)}, the published set has {row.published}; see that "
               "it is the whole set and nothing else", file=sys.stderr)  # fmt: skip
@@ -1555,7 +1558,8 @@ def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
         sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} if b.n_read else _source(b.path) for b in usable.opened}
     else:
         # By the file's name alone, so that the order does not depend on how a user writes its path.
-        random.Random(f"{name if row.wanted else OWN_FILE.match(Path(name).name)[1]} {seed}").shuffle(examples)
+        label = name if row.wanted else OWN_FILE.match(Path(name).name)[1]
+        random.Random(os.fsencode(f"{label} {seed}")).shuffle(examples)
         sources = {place(path): _source(path) for path in files}
         if len(files) > 50:
             listing = "".join(f"{source['sha256']}  {path}\n" for path, source in sources.items())
@@ -1605,6 +1609,11 @@ def _without_conflicts(examples, dropped):
     return list(reversed(kept.values()))
 
 
+def some(paths):
+    """The first of several things and how many more there are, for a line."""
+    return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
 def raw_files(name, row, raw):
     """The published files of a set that are at hand, in order of their names: all below raw/NAME/, or raw/NAME.*"""
     found = [path for path in _beside(name, row, raw)
@@ -1652,11 +1661,11 @@ def fetch(name, row, raw, first_lines=0):
     """Download a set's published file, or its first lines, from the first place that has it; returns its path below raw/."""
     put = f"put {row.files} into {Path(raw) / name}/"
     others = [] if raw_files(name, row, raw) else _beside(name, row, raw)
-    unread = f"{others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}: not what is read" if others else ""
+    unread = f"{some(others)}: not read, which {name} is not made of" if others else ""
     if not row.urls:
-        raise DataError(f"{unread or name}: cannot be downloaded; {put}".replace("read: cannot", "read, and it cannot"))
+        raise DataError(f"{unread or name}: cannot be downloaded; {put}")
     if unread:
-        print(f"{unread}, which is {row.files}; downloading that", file=sys.stderr)
+        print(f"{unread}; downloading {row.files}", file=sys.stderr)
     faults = []
     for url in row.urls:
         url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
@@ -2359,7 +2368,7 @@ def list_sets(args):
         elif row.build:
             state = "not built; generated"
         elif files := raw_files(name, row, args.raw):
-            state = f"not built; {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+            state = f"not built; {some(files)}"
         elif row.urls:
             state = "not built; download " + " or ".join(row.urls)
         else:
@@ -2415,10 +2424,9 @@ def main():
                 counts += [f"{manifest[key]} {label}" for key, label in (("bad", "malformed rows passed over"), ("beyond_limit", "more usable")) if manifest.get(key)]
                 counts += [f"not read: {', '.join(manifest['unread'])}"] if manifest.get("unread") else []
                 sources = list(manifest.get("sources", ["generated"]))
-                from_ = sources[0] + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
                 if args.facts:
                     check_facts(name, path, *args.facts)
-                print(f"{path}: {manifest['kept']} examples ({'; '.join([f'{from_}, seed {args.seed}', *counts])})", flush=True)
+                print(f"{path}: {manifest['kept']} examples ({'; '.join([f'{some(sources)}, seed {args.seed}', *counts])})", flush=True)
         except DataError as error:
             if "all" not in args.names:
                 raise
