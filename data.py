@@ -98,29 +98,6 @@ def encode_example(tokenizer, example, max_length=2048):
     return ids[:max_length], labels[:max_length]
 
 
-@dataclass
-class EncodedExample:
-    """An example as it is trained on."""
-
-    id: str  # of its line in the flat file
-    ids: list  # its T tokens
-    labels: list  # as many: the token where an answer is to be learned, -100 elsewhere
-    source: str  # one of SOURCES
-
-    @property
-    def n_supervised(self):
-        """How many of its tokens are to be learned."""
-        return sum(label != -100 for label in self.labels)
-
-
-SOURCES = ("own", "mix", "replay")  # the stage's own set, D_M, an earlier stage's facts
-
-
-def encode(tokenizer, examples, source="own", max_length=2048):
-    """A list of examples as EncodedExamples of one source."""
-    return [EncodedExample(example["id"], *encode_example(tokenizer, example, max_length), source) for example in examples]
-
-
 def system(example):
     """The text that a chat begins with, of neither side; None where it has none."""
     first = example.get("messages", [{"role": None}])[0]
@@ -133,29 +110,6 @@ def turns(example):
         texts = [message["content"] for message in example["messages"] if message["role"] != "system"]
         return list(zip(texts[::2], texts[1::2]))
     return [(example["prompt"], example["response"])]
-
-
-def check_example(example):
-    """A BadRow where an example is neither a prompt with an answer nor a chat."""
-    if "messages" in example:
-        messages = example["messages"]
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise BadRow('"messages" is not a list of pairs of messages')
-        if messages and messages[0].get("role") == "system":
-            if not isinstance(messages[0].get("content"), str):
-                raise BadRow("the system's message has no text")
-            messages = messages[1:]
-        if not messages or len(messages) % 2:
-            raise BadRow('"messages" is not a list of pairs of messages')
-        if [message.get("role") for message in messages] != ["user", "assistant"] * (len(messages) // 2):
-            raise BadRow("messages do not alternate between user and assistant")
-        texts = [message.get("content") for message in messages]
-    else:
-        texts = [example.get("prompt"), example.get("response")]
-    if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1::2]):
-        raise BadRow("no prompt, or an empty answer")
-    if any(re.search("[\ud800-\udfff]", text) for text in texts):
-        raise BadRow("half a character (a lone surrogate), which no text in UTF-8 has")
 
 
 # ---------------------------------------------------------------- data sets
@@ -526,22 +480,6 @@ class Set:
     first_lines: int = 0  # of a long file, the only lines downloaded
     streamed: bool = False  # read in file order, no further than needed; else read whole and shuffled by the seed
     folders: tuple = ()  # names other than its own for its folder below raw/
-
-    def identity(self, path):
-        """What a file is known by that is read once wherever it lies; None for one that is not the set's."""
-        path = re.sub(r"\.(gz|bz2|xz|zst)$", "", path, flags=re.IGNORECASE)
-        found = None if NO_DATA.search(path) else re.search(self.wanted, path, re.IGNORECASE)
-        if not found or self.streamed:
-            return path if found else None
-        return found.group() if self.parts else os.path.basename(path)
-
-    def form(self, identity):
-        """The same for files that may lie side by side, each another part of the set."""
-        if self.streamed:
-            return ""
-        if self.parts:
-            return Path(identity).suffix if identity.endswith(("jsonl", "parquet")) else "a folder of files"
-        return re.sub(r"\d+(?=(-of-\d+)?\.\w+$)", "#", identity, count=1)
 
 
 HUB = "https://huggingface.co/datasets"
@@ -971,7 +909,53 @@ def _read_example(path, number, line):
     return example
 
 
-# ---------------------------------------------------------------- order and batches
+def check_example(example):
+    """A BadRow where an example is neither a prompt with an answer nor a chat."""
+    if "messages" in example:
+        messages = example["messages"]
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise BadRow('"messages" is not a list of pairs of messages')
+        if messages and messages[0].get("role") == "system":
+            if not isinstance(messages[0].get("content"), str):
+                raise BadRow("the system's message has no text")
+            messages = messages[1:]
+        if not messages or len(messages) % 2:
+            raise BadRow('"messages" is not a list of pairs of messages')
+        if [message.get("role") for message in messages] != ["user", "assistant"] * (len(messages) // 2):
+            raise BadRow("messages do not alternate between user and assistant")
+        texts = [message.get("content") for message in messages]
+    else:
+        texts = [example.get("prompt"), example.get("response")]
+    if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1::2]):
+        raise BadRow("no prompt, or an empty answer")
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):
+        raise BadRow("half a character (a lone surrogate), which no text in UTF-8 has")
+
+
+# ---------------------------------------------------------------- examples as they are trained on: ids, order, batches
+
+
+@dataclass
+class EncodedExample:
+    """An example as it is trained on."""
+
+    id: str  # of its line in the flat file
+    ids: list  # its T tokens
+    labels: list  # as many: the token where an answer is to be learned, -100 elsewhere
+    source: str  # one of SOURCES
+
+    @property
+    def n_supervised(self):
+        """How many of its tokens are to be learned."""
+        return sum(label != -100 for label in self.labels)
+
+
+SOURCES = ("own", "mix", "replay")  # the stage's own set, D_M, an earlier stage's facts
+
+
+def encode(tokenizer, examples, source="own", max_length=2048):
+    """A list of examples as EncodedExamples of one source."""
+    return [EncodedExample(example["id"], *encode_example(tokenizer, example, max_length), source) for example in examples]
 
 
 def epoch_order(n, seed, epoch):
@@ -1102,9 +1086,9 @@ ANSWERED = ("response", "completion", "output", "solution", "answer", "answers",
 CHATS = ("messages", "conversations", "data")
 DOCUMENTS = ("text", "content")
 # What else says what a row means: a row that has it and is read without it would be another.
-DECISIVE = {*ASKED, *ANSWERED, *CHATS, *DOCUMENTS, "system", "system_prompt", "history", "choices", "options",
-            "image", "images", "audio", "audios", "video", "videos", "tools", "functions", "tool_calls", "function_call",
-            "documents", "passage", "passages", "article", "paragraph", "reasoning_content", "thinking"}  # fmt: skip
+DECISIVE = {*ASKED, *ANSWERED, *CHATS, *DOCUMENTS, "system", "system_prompt", "history", "choices", "options", "image", "images", "audio",
+            "audios", "video", "videos", "tools", "functions", "tool_calls", "function_call", "documents", "passage", "passages", "article",
+            "paragraph", "reasoning_content", "thinking"}  # fmt: skip
 VERDICTS = ("label", "correct", "is_correct")  # whether the answer of a row is right
 
 
@@ -1114,39 +1098,33 @@ def own(row, words):
     if len({*names}) < len(names):
         raise BadRow("two fields whose names differ in capitals alone")
     row = {name: value for name, value in zip(names, row.values()) if value not in ("", [], {}) or name in DOCUMENTS}
-    asked = [name for name in ASKED if name in row]
-    answered = [name for name in ANSWERED if name in row]
-    chats = [name for name in CHATS if name in row]
+    asked, answered, chats, documents = ([name for name in form if name in row] for form in (ASKED, ANSWERED, CHATS, DOCUMENTS))
+    told = next((name for name in ("system", "system_prompt") if name in row), None)
     if asked and answered:
         example, read = _own_pair(row, asked, answered)
+        if told or "history" in row:
+            earlier = [text for turn in row.get("history", []) for text in texts({"history": turn}, "history")]
+            example, read = chat([*earlier, example["prompt"], example["response"]]), read - {"aliases"} | {"history"}
     elif chats:
-        check_verdict(row)
-        example, read = chat(row[chats[0]]), {chats[0], *VERDICTS}
-        if "system" in row:
-            example["messages"].insert(0, {"role": "system", "content": field(row, "system")})
-            read.add("system")
-    elif "text" in row or "content" in row:
-        example, read = generic(row, words), {"text" if "text" in row else "content"}
-    elif asked:
-        raise BadRow(f'no answer beside "{asked[0]}", under one of {", ".join(ANSWERED)}')
+        example, read = chat(row[chats[0]]), {chats[0]}
+    elif documents:
+        return generic(row, words) | {"unread": check_unread(row, documents[:1])}
     else:
-        raise BadRow(f"none of the fields {', '.join(ASKED)} with one of {', '.join(ANSWERED)}, nor "
-                     f"{', '.join(CHATS + DOCUMENTS)}")  # fmt: skip
-    return example | {"unread": example.get("unread", set()) | check_unread(row, read)}
+        of = f'no answer beside "{asked[0]}"' if asked else f"none of the fields {', '.join(ASKED + CHATS + DOCUMENTS)}"
+        raise BadRow(f"{of}; answers are {', '.join(ANSWERED)}")
+    check_verdict(row)
+    if told:
+        example["messages"].insert(0, {"role": "system", "content": field(row, told)})
+    unread = check_unread(row, {*read, *VERDICTS, *([told] if told else [])})
+    return example | {"unread": unread | example.get("unread", set())}
 
 
 def _own_pair(row, asked, answered):
     """(example, names of the fields it was made of) of a user's row with a question and an answer."""
-    check_verdict(row)
-    given = row[answered[0]]
-    if isinstance(given, dict):  # as SQuAD has them
-        row = row | {answered[0]: given.get("text")}
     answers = texts(row, answered[0])
-    others = [name for name in ("aliases", *answered[1:]) if name == "aliases" or answered[0] == "answer"]
-    others = [name for name in others if name in row]
+    others = [name for name in ("aliases", *answered[1:]) if name in row and (name == "aliases" or answered[0] == "answer")]
     accepted = answers if isinstance(row[answered[0]], list) else []
     accepted = accepted + [text for name in others for text in texts(row, name)]
-    read = {asked[0], answered[0], "context", "input", *others, *VERDICTS}
     question = field(row, asked[0])
     if asked[0] == "question" and answered[0].endswith(("answer", "answers")):
         example = qa(question, answers[0], accepted)
@@ -1154,23 +1132,14 @@ def _own_pair(row, asked, answered):
         example = {"prompt": question, "response": field({answered[0]: answers[0]}, answered[0]), "aliases": accepted}
     before, behind = ([field(row, name)] if name in asked[1:] else [] for name in ("context", "input"))
     example["prompt"] = "\n\n".join([*before, example["prompt"], *behind])
-    told = [name for name in ("system", "system_prompt") if name in row][:1]
-    if not told and "history" not in row:
-        return example, read
-    earlier = [text for turn in row.get("history", []) for text in texts({"history": turn}, "history")]
-    example = chat([*earlier, example["prompt"], example["response"]])
-    example["messages"][:0] = [{"role": "system", "content": field(row, name)} for name in told]
-    return example, (read | {"history", *told}) - {*others}
+    return example, {asked[0], answered[0], "context", "input", *others}
 
 
 def check_verdict(row):
-    """LeftOut where a row says itself that its answer is wrong."""
+    """LeftOut where a row does not say of its answer that it is right, but something else."""
     for name in VERDICTS:
-        verdict = str(row.get(name, True)).lower()
-        if verdict in ("false", "0", "no"):
-            raise LeftOut(f'"{name}" is false')
-        if verdict not in ("true", "1", "yes"):
-            raise BadRow(f'"{name}" is neither true nor false')
+        if str(row.get(name, True)).lower() not in ("true", "1", "yes"):
+            raise LeftOut(f'"{name}" is not true')
 
 
 def check_unread(row, read):
@@ -1179,22 +1148,21 @@ def check_unread(row, read):
     A text that repeats what is read, or holds all of it (Alpaca's "text"), says nothing new.
     """
     said = [text for name in read for text in strings(row.get(name))]
-    unread = {name for name in row.keys() - read - {"id"} if row[name] not in (None, "", [], {})}
+    unread = {name for name in row.keys() - {*read, "id"} if row[name] not in (None, "", [], {})}
     for name in sorted(unread & DECISIVE):
         value = row[name] if name in ASKED + ANSWERED + DOCUMENTS else None
         if not isinstance(value, str) or not (any(value in text for text in said) or all(text in value for text in said)):
-            raise BadRow(f'field "{name}" is not read beside {", ".join(sorted(read & row.keys()))}, and without it the '
-                         "row may mean something else; make it part of them, or take it out")  # fmt: skip
+            raise BadRow(f'field "{name}" is not read beside {", ".join(sorted(row.keys() & {*read}))}, and without it the row '
+                         "may mean something else; make it part of them, or take it out")  # fmt: skip
     return unread
 
 
 def strings(value):
     """All texts in a value of JSON."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from strings(part)
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for part in parts for text in strings(part)]
 
 
 def own_file(files, words):
@@ -1269,6 +1237,22 @@ class Bounded(io.RawIOBase):
         return len(piece)
 
 
+def identity(row, path):
+    """What a file of a set is known by wherever it lies, so that it is read once; None for one that is not the set's."""
+    path = re.sub(r"\.(gz|bz2|xz|zst)$", "", path, flags=re.IGNORECASE)
+    found = None if NO_DATA.search(path) else re.search(row.wanted, path, re.IGNORECASE)
+    if not found or row.streamed:
+        return path if found else None
+    return found.group() if row.parts else os.path.basename(path)
+
+
+def form(row, identity):
+    """The same for files that may lie side by side, each another part of the set."""
+    if row.streamed or row.parts:
+        return Path(identity).suffix in (".jsonl", ".parquet") and not row.streamed and Path(identity).suffix
+    return re.sub(r"\d+(?=(-of-\d+)?\.\w+$)", "#", identity, count=1)
+
+
 class Walk:
     """A set's files, each once: iterating gives (name, binary stream), each to be read before the next is asked for.
 
@@ -1277,71 +1261,56 @@ class Walk:
     """
 
     def __init__(self, row, files, raw):
-        self.row, self.files, self.raw = row, files, raw
+        self.row, self.files = row, {path: os.path.relpath(path, raw) if raw else path.name for path in files}
         self.opened = []  # the Bounded streams so far
-        self.places = {}  # {what identifies a file of the set: path}
-        self.copies = []  # paths of those that were passed over
+        self.places = {}  # {identity: path}
+        self.copies = []  # paths that were passed over
 
     def __iter__(self):
-        relative = {path: os.path.relpath(path, self.raw) if self.raw else path.name for path in self.files}
         # What lies there unpacked comes before what is in archives.
-        taken = [path for path in self.files if not ARCHIVE.search(path.name) and self._takes(relative[path], path)]
-        for path in self.files:
-            with intact(path), open(path, "rb") as file:
-                check_start(path, file.read(200))
-            if ARCHIVE.search(path.name):
-                members = self._zip(path) if path.suffix.lower() == ".zip" else self._tar(path)
-                for member, stream in members:
+        plain = [path for path, name in self.files.items() if not ARCHIVE.search(path.name) and self._takes(name, path)]
+        for path, name in self.files.items():
+            with intact(path):
+                with open(path, "rb") as file:
+                    check_start(path, file.read(200))
+                packed = PACKED.get(path.suffix.lower())
+                if path in plain:
+                    with packed(path) if packed else open(path, "rb") as stream:
+                        yield str(path.with_suffix("") if packed else path), self._bounded(stream, path, UNPACKED_LIMIT if packed else None)
+                for member, content in _members(path):
                     if member.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member):
                         raise DataError(f"{path}: holds a file named {member!r}, which leaves its folder; get the archive from its authors")
-                    if self._takes(f"{os.path.dirname(relative[path])}/{member}", f"{path}/{member}"):
-                        with intact(path):
-                            content = stream()
-                        yield f"{path}/{member}", self._bounded(content, f"{path}/{member}", UNPACKED_LIMIT)
-            elif path in taken:
-                packed = PACKED.get(path.suffix.lower())
-                with intact(path), packed(path) if packed else open(path, "rb") as stream:
-                    name = str(path.with_suffix("") if packed else path)
-                    yield name, self._bounded(stream, path, UNPACKED_LIMIT if packed else None)
-
-    def _zip(self, path):
-        """(name, function that opens it) of each member."""
-        with intact(path):
-            archive = zipfile.ZipFile(path)
-        with archive:
-            for member in sorted(archive.namelist()):
-                with intact(path):
-                    yield member, functools.partial(archive.open, member)
-
-    def _tar(self, path):
-        with intact(path):
-            archive = tarfile.open(path, "r|*")  # noqa: SIM115 (closed at the end of the next line's block)
-        with archive:
-            while True:
-                with intact(path):
-                    member = archive.next()
-                if member is None:
-                    return
-                if member.isfile() or ".." in member.name:
-                    yield member.name, functools.partial(archive.extractfile, member)
+                    if self._takes(f"{os.path.dirname(name)}/{member}", f"{path}/{member}"):
+                        yield f"{path}/{member}", self._bounded(content(), f"{path}/{member}", UNPACKED_LIMIT)
 
     def _bounded(self, stream, path, limit):
         self.opened.append(Bounded(stream, path, limit))
         return io.BufferedReader(self.opened[-1], 2**20)
 
-    def _takes(self, relative, path):
-        """Whether a file is the set's and the first of its name; a DataError where those before it are the same set."""
-        key = self.row.identity(relative)
-        if key is None:
-            return False
+    def _takes(self, name, path):
+        """Whether a file is the set's and the first of its identity; a DataError where those before it are the set in another form."""
+        key = identity(self.row, name)
+        first = next(iter(self.places), key)
         if key in self.places:
             self.copies.append(path)
-            return False
-        first = next(iter(self.places), key)
-        if self.row.form(first) != self.row.form(key):
+        elif key is not None and form(self.row, first) != form(self.row, key):
             raise DataError(f"{path}: the set once more, as {self.places[first]} is; keep one of the two there")
-        self.places[key] = path
-        return True
+        new = key is not None and key not in self.places
+        self.places |= {key: path} if new else {}
+        return new
+
+
+def _members(path):
+    """(name, function that opens it) of each file in an archive."""
+    if path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(archive.namelist()):
+                yield name, functools.partial(archive.open, name)
+    elif ARCHIVE.search(path.name):
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if member.isfile():
+                    yield member.name, functools.partial(archive.extractfile, member)
 
 
 def rows(name, stream):
@@ -1359,7 +1328,7 @@ def rows(name, stream):
                 try:
                     row = json.loads(line.decode().removeprefix("\ufeff"), object_pairs_hook=_object)
                 except (ValueError, RecursionError) as error:
-                    row = _bad(error, "not a line of JSON")
+                    row = BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not a line of JSON ({error})")
                 yield f"{name}:{number}", row
 
 
@@ -1375,12 +1344,8 @@ def _object(pairs):
     """A dictionary of a JSON object, which names each of its fields once."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise BadRow("an object that names a field twice")
+        raise ValueError("a field twice in one object")
     return fields
-
-
-def _bad(error, otherwise):
-    return error if isinstance(error, BadRow) else BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else otherwise)
 
 
 def _table_rows(name, stream, delimiter):
@@ -1425,6 +1390,10 @@ def _parquet_rows(name, stream):
         raise DataError(f"{name}: truncated or damaged behind row {number} ({why}); remove it and get it again") from None
 
 
+OPENING = re.compile(r'\[|\{\s*"Data"\s*:\s*\[')  # of an array of rows, as a file's value or as TriviaQA has it
+CLOSING = re.compile(r'\](\s*,\s*"[^"]*"\s*:\s*("[^"]*"|[\w.+-]+))*\s*\}')  # of the second with what follows, which is no rows
+
+
 def _json_values(name, stream):
     """(line number, value) of JSON values one after another; of an array, also that under "Data", each of its values.
 
@@ -1432,7 +1401,7 @@ def _json_values(name, stream):
     """
     decoder, utf8 = json.JSONDecoder(object_pairs_hook=_object), codecs.getincrementaldecoder("utf-8")()
     text, at, line, ended = "", 0, 1, False
-    closing = ""  # of the array that is being read
+    closing = None  # of the array that is being read
 
     def more():
         nonlocal text, at, ended
@@ -1444,7 +1413,7 @@ def _json_values(name, stream):
             raise DataError(f"{name}:{line + piece[: error.start].count(10)}: not UTF-8; get the file again") from None
 
     def passed(pattern):
-        """What the pattern matches where the text is read, which goes on behind it."""
+        """Whether the pattern matches where the text is read, which then goes on behind it."""
         nonlocal at, line
         found = re.compile(pattern).match(text, at)
         if found:
@@ -1454,41 +1423,32 @@ def _json_values(name, stream):
 
     while True:
         passed(r"[\s,\ufeff]*" if closing else r"[\s\ufeff]*")
-        if not ended and len(text) - at < 200:
+        if not ended and len(text) - at < 2**12:
             more()
             continue
-        if at == len(text) and not closing:
-            return
-        if not closing and (opening := passed(r'\[|\{\s*"Data"\s*:\s*\[')):
-            closing = "]" if opening.group() == "[" else "]}"
+        if closing and passed(closing):
+            closing = None
             continue
-        if closing and passed(r"\]"):
-            # What follows the array in its object is read as an object of its own, and holds no more rows.
-            if closing == "]}":
-                text, at = '{"":""' + text[at:], 0
-            closing = "rest" if closing == "]}" else ""
-            if not closing:
-                continue
+        if not closing and at == len(text):
+            return
+        if not closing and (opening := passed(OPENING)):
+            closing = r"\]" if opening.group() == "[" else CLOSING
+            continue
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            short = len(text) - at < LINE_LIMIT
-            if not ended and short and not isinstance(error, BadRow):
+            short, whole = len(text) - at < LINE_LIMIT, not isinstance(error, json.JSONDecodeError)
+            if not ended and short and not whole:
                 more()
                 continue
             fault = line + text.count("\n", at, getattr(error, "pos", at))
-            why = str(_bad(error, "ends in the middle" if ended and getattr(error, "pos", 0) >= len(text) else "not valid JSON"))
-            why = f"{why}; get the file again" if short else f"a value of more than {LINE_LIMIT >> 20} MiB; break the file up"
-            raise DataError(f"{name}:{fault}: {why}") from None
+            why = "ends in the middle" if ended and getattr(error, "pos", 0) >= len(text) else f"not valid JSON ({error})"
+            why = why if short else f"a value of more than {LINE_LIMIT >> 20} MiB"
+            raise DataError(f"{name}:{fault}: {why}; mend it or get the file again") from None
         if end == len(text) and not ended and not isinstance(value, (dict, list)):
             more()  # a number may go on
             continue
-        if closing == "rest":
-            if any(isinstance(other, (dict, list)) and other for other in value.values()):
-                raise DataError(f'{name}:{line}: more than one list in an object with "Data"; make a file of each')
-            closing = ""
-        else:
-            yield line, value
+        yield line, value
         line += text.count("\n", at, end)
         at = end
 
@@ -1617,7 +1577,7 @@ def some(paths):
 def raw_files(name, row, raw):
     """The published files of a set that are at hand, in order of their names: all below raw/NAME/, or raw/NAME.*"""
     found = [path for path in _beside(name, row, raw)
-             if ARCHIVE.search(path.name) or row.identity(os.path.relpath(path, raw))]  # fmt: skip
+             if ARCHIVE.search(path.name) or identity(row, os.path.relpath(path, raw))]  # fmt: skip
     # Of one file's beginnings the longest holds the others.
     longest = {}
     for path in sorted((path for path in found if BEGINNING.search(path.name)), key=lambda path: int(BEGINNING.search(path.name)[1])):

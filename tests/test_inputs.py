@@ -103,7 +103,6 @@ def test_what_a_chat_begins_with(tmp_path):
     ({"messages": {"role": "user"}}, "no list of messages"),
     ({"text": "long " * 200, "question": "Q"}, '"question" is not read beside text'),
     ({"prompt": "P"}, 'no answer beside "prompt"'),
-    ({"prompt": "P", "response": "R", "correct": "maybe"}, '"correct" is neither true nor false'),
     ({"prompt": "Say \ud83d", "response": "R"}, "half a character"),
     ({"prompt": "P", "response": {"a": 1}}, '"response" is no text'),
     ({"prompt": "P", "Prompt": "Q", "response": "R"}, "capitals alone"),
@@ -120,7 +119,7 @@ def test_rows_that_would_say_something_else(tmp_path, row, message):
 def test_wrong_answers_are_left_out(tmp_path):
     """A row whose label says that its answer is wrong is not learned, and counted."""
     examples, manifest = own(tmp_path, PAIR, PAIR | {"label": False}, PAIR | {"label": 0}, {"text": "w " * 20, "label": 0}, words=5)
-    assert len(examples) == 2 and manifest["dropped"] == {'"label" is false': 2} and manifest["unread"] == {"label": 1}
+    assert len(examples) == 2 and manifest["dropped"] == {'"label" is not true': 2} and manifest["unread"] == {"label": 1}
 
 
 def test_input_of_published_instructions(tmp_path):
