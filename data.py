@@ -51,6 +51,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -547,11 +548,11 @@ SLICE = 2000  # examples of a published factoid set that are NAME-id's, unless t
 # ---------------------------------------------------------------- build and load
 
 
-def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip_bad=0, size=SLICE, least=0):
+def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip_bad=0, size=SLICE, least=0, fewer=False):
     """Write a set's flat file and manifest, and those of its second slice NAME-id where there is one; returns the flat files' paths.
 
-    n is an upper limit where the source has fewer; a stream is read on until there are `least`. size: of a slice. name
-    may be a file of the user's own.
+    n is an upper limit where the source has fewer; a stream is read on until there are `least`, or with fewer as many
+    as can be had. size: of a slice. name may be a file of the user's own.
     """
     if not is_own(name):
         name, *_ = resolve(name)
@@ -559,10 +560,10 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
     n = n or row.size
     path = own_flat_file(name, out) if row is OWN else flat_file(name, out, words)
     if row.build:
-        examples, manifest = row.build(n, seed, words, raw)
+        (examples, manifest), read = row.build(n, seed, words, raw), []
     else:
-        examples, manifest, read = read_published(name, row, n, seed, words, raw, skip_bad, least)
-        check_places(path, [path, flat_file(f"{name}-id", out)] if row.kind == "factoid" else [path], read)
+        examples, manifest, read = read_published(name, row, n, seed, words, raw, skip_bad, least, fewer)
+    check_places([path, flat_file(f"{name}-id", out)] if row.kind == "factoid" and row.read else [path], read)
     if row is OWN:
         manifest["sources"] = {relative_path(name, out): source for source in manifest["sources"].values()}
     examples = [{"id": f"{path.stem.partition('.')[0]}-{i}"} | example for i, example in enumerate(examples[:n])]
@@ -586,18 +587,25 @@ def is_own(name):
     return name not in SETS and OWN_FILE.match(name) is not None
 
 
-def check_places(path, flat_files, read):
+def check_places(flat_files, read):
     """A DataError where building a set would write over a file that is read, or one that was not written here."""
-    for place in [*flat_files, path.with_suffix(".subjects.json"), *(flat.with_suffix(".json") for flat in flat_files)]:
-        for source in read if place.exists() else []:
+    for flat in flat_files:
+        there = [place for place in (flat.with_suffix(".json"), flat, flat.with_suffix(".subjects.json")) if place.exists()]
+        for place, source in itertools.product(there, read):
             if os.path.samefile(place, source):
                 raise DataError(f"{source}: {place} is where the set would be written; rename the file, or give another --out")
-    for flat in flat_files:
-        manifest = flat.with_suffix(".json")
-        ours = manifest.exists() and {"name", "kept"} <= _read_json(manifest, "rename it, or give another --out").keys()
-        if not ours and (manifest.exists() or flat.exists()):
-            raise DataError(f"{manifest if manifest.exists() else flat}: not written by data.py, which would replace it; rename it, or "
-                            "give another --out")  # fmt: skip
+        if there and not {"name", "kept"} <= read_manifest(flat, "rename it, or give another --out").keys():
+            raise DataError(f"{there[0]}: not written by data.py, which would replace it; rename it, or give another --out")
+
+
+def read_manifest(flat, remedy="remove it and build the set again"):
+    """What the manifest beside a flat file says, nothing where there is none."""
+    path = flat.with_suffix(".json")
+    manifest = _read_json(path, remedy) if path.exists() else {}
+    numbers = [manifest.get(key, 1) for key in ("seed", "slice", "kept")]
+    if not all(type(number) is int for number in numbers) or not isinstance(manifest.get("sources", {}), dict):
+        raise DataError(f"{path}: not as data.py writes it; {remedy}")
+    return manifest
 
 
 def is_name_of_set(stem):
@@ -612,10 +620,10 @@ def own_flat_file(name, out):
     path = Path(out) / f"{OWN_FILE.match(Path(name).name)[1]}.jsonl"
     if is_name_of_set(path.stem):
         raise DataError(f"{name}: {path} is the place of a set; rename it")
-    check_places(path, [path], [name])
-    manifest = path.with_suffix(".json")
-    sources = _read_json(manifest, f"remove it and {path}").get("sources", {}) if manifest.exists() else {}
-    if path.exists() and relative_path(name, out) not in sources and _sha256(name) not in [s["sha256"] for file, s in sources.items() if Path(file).suffix == Path(name).suffix]:
+    check_places([path], [name])
+    sources = read_manifest(path).get("sources", {})
+    alike = [source for file, source in sources.items() if Path(file).suffix == Path(name).suffix]
+    if path.exists() and relative_path(name, out) not in sources and _source(name) not in alike:
         raise DataError(f"{name}: {path} was made of {', '.join(sources) or 'something else'}; rename {Path(name).name}, remove {path}, or give another --out")
     return path
 
@@ -632,8 +640,7 @@ def second_slice(examples, size):
 
 def slice_size(path):
     """Facts of a slice of the set in a flat file, as the manifest beside it says."""
-    manifest = path.with_suffix(".json")
-    return _read_json(manifest, "build the set again").get("slice", SLICE) if manifest.exists() else SLICE
+    return read_manifest(path).get("slice", SLICE)
 
 
 def write_flat(path, examples, manifest):
@@ -747,7 +754,7 @@ def too_short(path, base, n, data, raw, fewer=False):
     manifest, row = path.with_suffix(".json"), SETS[base]
     if not n or not (row.build or row.streamed) or not manifest.exists() or len(_read_lines(path, n)) >= n:
         return False
-    known = _read_json(manifest, "remove it and its .jsonl")
+    known = read_manifest(path)
     if not fewer or not known.get("ended"):
         return True
     files = raw_files(base, row, raw) if row.read else []
@@ -756,27 +763,9 @@ def too_short(path, base, n, data, raw, fewer=False):
 
 def build_longer(name, n, data, words, raw, fewer=False):
     """Build a set as its manifest says, if there is one, with at least n examples if its source has them; fewer: or can be had."""
-    path = flat_file(name, data, words)
-    manifest = path.with_suffix(".json")
-    known = _read_json(manifest, "remove it and its .jsonl") if manifest.exists() else {}
-    as_known = {"n": max(n, SETS[name].size), "seed": known.get("seed", 0), "words": words, "raw": raw, "size": known.get("slice", SLICE)}
-    if fewer:
-        build_at_most(name, data, **as_known, least=n)
-    else:
-        build(name, data, **as_known, least=n)
-
-
-def build_at_most(name, out, *, raw, least, **options):
-    """Build a set with `least` examples, or with what is here where no more can be had."""
-    base, _, _ = resolve(name)
-    try:
-        return build(name, out, raw=raw, least=least, **options)
-    except DataError as error:
-        if not SETS[base].first_lines or not raw_files(base, SETS[base], raw):
-            raise
-        paths = build(name, out, raw=raw, **options)
-        print(f"{error}; going on with what is here", file=sys.stderr)
-        return paths
+    known = read_manifest(flat_file(name, data, words))
+    seed, size = known.get("seed", 0), known.get("slice", SLICE)
+    build(name, data, max(n, SETS[name].size), seed, words, raw, size=size, least=n, fewer=fewer)
 
 
 def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None):
@@ -793,7 +782,7 @@ def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=Non
         if not split.exists():
             return 0
         check_split(split, base, base_model)
-        asked = _read_json(split.with_suffix(".json"), "remove it and its .jsonl").get("data_sha256")
+        asked = read_manifest(split).get("data_sha256")
         if asked and path.exists() and asked != load_pool(base, data, raw)[1]:
             raise DataError(f"{split}: made by asking other facts than {path} now holds; remove "
                             f"{split_files(base, base_model, data)} to ask these")  # fmt: skip
@@ -830,12 +819,11 @@ def load_pool(name, data="data", raw="raw"):
 def check_split(path, stem, base_model):
     """A DataError unless a file of familiar or unfamiliar facts was made by asking this base model."""
     remedy = f"run python evaluate.py {base_model.path} --split {stem}"
-    manifest = path.with_suffix(".json")
     if not path.exists() and was_sorted(stem, base_model, path.parent):
         raise DataError(f"{path}: no such file, as {base_model.name} has no such facts; leave out {stem}")
     if not path.exists():
         raise DataError(f"{path}: no such file; {remedy}, which makes it where {base_model.name} has such facts")
-    if not manifest.exists() or _read_json(manifest, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:
+    if read_manifest(path, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:
         raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove both and {remedy}")
     whole = flat_file(stem, path.parent)
     if whole.exists() and slice_size(whole) != slice_size(path):
@@ -1457,18 +1445,18 @@ def _json_values(name, stream):
 class Usable:
     """What published files hold."""
 
-    examples: list
-    n_rows: int  # usable or not
-    dropped: collections.Counter  # {reason: rows}
-    unread: collections.Counter  # {field of a user's rows that is not read: rows}
-    bad: int  # malformed rows passed over
-    opened: list  # Bounded streams, each with what was read of it
+    walk: Walk  # over the files
+    examples: list = dataclass_field(default_factory=list)
+    dropped: collections.Counter = dataclass_field(default_factory=collections.Counter)  # {reason: rows}
+    unread: collections.Counter = dataclass_field(default_factory=collections.Counter)  # {a user's field that is not read: rows}
+    bad: int = 0  # malformed rows passed over
+    n_rows: int = 0  # usable or not
 
 
 def read_usable(name, row, files, n, words, raw, skip_bad):
     """The Usable of a set's files, as few rows read as n examples take where the set is streamed."""
     walk = Walk(row, files, raw if row.wanted else None)
-    usable = Usable([], 0, collections.Counter(), collections.Counter(), 0, walk.opened)
+    usable = Usable(walk)
     found = row.read(walk, words)
     for where, outcome in progress_bar(found, desc=f"reading {Path(name).name}", unit=" rows"):
         usable.n_rows += 1
@@ -1494,10 +1482,10 @@ def read_usable(name, row, files, n, words, raw, skip_bad):
     return usable
 
 
-def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
+def read_published(name, row, n, seed, words, raw, skip_bad, least, fewer):
     """(examples, manifest entries, files that were read) of a published set, at most n.
 
-    least: where a stream's first lines, which are all that was downloaded, hold fewer, it is read on.
+    least: where a stream's first lines, which are all that was downloaded, hold fewer, it is read on, with fewer if it can.
     """
     files = raw_files(name, row, raw) if row.wanted else [Path(name)]
     if not files:
@@ -1506,7 +1494,13 @@ def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
         check_stated_sha256(path, row)
     usable = read_usable(name, row, files, n, words, raw, skip_bad)
     while len(usable.examples) < least and (lines := lines_of_beginning(files, row)):
-        files = [read_on(files[0], lines, name, row, raw)]
+        try:
+            files = [read_on(files[0], lines, name, row, raw)]
+        except DataError as error:
+            if not fewer:
+                raise
+            print(f"{error}; going on with what is here", file=sys.stderr)
+            break
         usable = read_usable(name, row, files, n, words, raw, skip_bad)
     examples, dropped = usable.examples, usable.dropped
     if row.kind == "factoid":
@@ -1515,12 +1509,12 @@ def read_published(name, row, n, seed, words, raw, skip_bad, least=0):
     place = (lambda path: os.path.relpath(path, raw)) if row.wanted else (lambda path: Path(path).name)
     if row.streamed:
         # Of what is read piece by piece just those bytes; parquet is read here and there, so all of the file.
-        sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} if b.n_read else _source(b.path) for b in usable.opened}
+        sources = {place(b.path): {"bytes": b.n_read, "sha256": b.sha256.hexdigest()} if b.n_read else _source(b.path) for b in usable.walk.opened}
     else:
         # By the file's name alone, so that the order does not depend on how a user writes its path.
         label = name if row.wanted else OWN_FILE.match(Path(name).name)[1]
         random.Random(os.fsencode(f"{label} {seed}")).shuffle(examples)
-        sources = {place(path): _source(path) for path in files}
+        sources = {place(path): _source(path) for path in files if path not in usable.walk.copies}
         if len(files) > 50:
             listing = "".join(f"{source['sha256']}  {path}\n" for path, source in sources.items())
             total = {"bytes": sum(source["bytes"] for source in sources.values()), "sha256": hashlib.sha256(listing.encode()).hexdigest()}
@@ -2377,7 +2371,7 @@ def main():
                 paths = build(name, args.out, **options)
             else:
                 with alone_at(flat_file(resolve(name)[0], args.out)):
-                    paths = build_at_most(name, args.out, **options, size=args.slice, least=args.limit or 0)
+                    paths = build(name, args.out, **options, size=args.slice, least=args.limit or 0, fewer=True)
             for path in paths:
                 manifest = json.loads(path.with_suffix(".json").read_bytes())
                 counts = [f"{count} dropped: {reason}" for reason, count in manifest["dropped"].items()]
