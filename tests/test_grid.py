@@ -39,8 +39,8 @@ def own_group():
 
 
 def start(folder, python, *options, log="log", **environ):
-    """run_all.sh --tiny in a folder, a process group of its own."""
-    env = os.environ | {"HERE": "yes", "PYTHON": str(python)} | environ
+    """run_all.sh --tiny in a folder, a process group of its own; a picture that is there is not drawn again."""
+    env = os.environ | {"HERE": "yes", "PYTHON": str(python), "PICTURES": "once"} | environ
     with open(folder / log, "a") as output:
         return subprocess.Popen(["bash", ROOT / "run_all.sh", "--tiny", *options], cwd=folder, env=env, stdout=output, stderr=output, preexec_fn=own_group)  # noqa: PLW1509
 
@@ -80,11 +80,29 @@ def outcome(folder):
     return found
 
 
+PASSAGES = 12  # of other text, the last of those that data.py makes: 100 would take longer than all else that evaluate.py does
+
+
 @pytest.fixture(scope="module")
-def shared(python, tmp_path_factory):
+def furnished(tmp_path_factory):
+    """The folder of two models, published files and few passages of other text."""
+    return fewer_passages(furnish(tmp_path_factory.mktemp("furnished")))
+
+
+def fewer_passages(folder):
+    data = folder / "data/tiny"
+    load_examples("bios", None, data)
+    lines = (data / "bios.jsonl").read_text().splitlines(keepends=True)[-PASSAGES:]
+    (data / "bios.jsonl").write_text("".join(lines))
+    (data / "bios.json").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(python, furnished, tmp_path_factory):
     """The folder of a grid that two processes began at once, with two models and published files alone; what each printed is
     in a.log and b.log."""
-    folder = furnish(tmp_path_factory.mktemp("shared"))
+    folder = shutil.copytree(furnished, tmp_path_factory.mktemp("shared"), dirs_exist_ok=True)
     processes = [start(folder, python, log=log) for log in ("a.log", "b.log")]
     assert [process.wait(600) for process in processes] == [0, 0], (folder / "a.log").read_text()[-2000:] + (folder / "b.log").read_text()[-2000:]
     return folder
@@ -264,7 +282,8 @@ def test_any_way_of_writing(shared, python, tmp_path):
     """A folder is the same however it is written, with brackets too; options count before --small and --tiny as behind; data that is
     complete may be read-only; a log that a full disk cut stops no plan; first stages alone have no tables, which is no failure. A run
     whose loss on other text cannot be had is whole without it, which the end says; it is measured once it can be."""
-    folder = furnish(tmp_path)
+    folder = tmp_path
+    shutil.copytree(shared / "models", folder / "models")
     shutil.copytree(shared / "data", folder / "data dir [1]")
     data, first = ["--data-dir", "data dir [1]/tiny"], ["--only", "figure12", "--facts", "triviaqa", "--shard", "0/6"]
     passages, run = folder / "data dir [1]/tiny/bios.jsonl", folder / "r [2]/tiny-llama/triviaqa-s0"
@@ -281,7 +300,7 @@ def test_any_way_of_writing(shared, python, tmp_path):
     for i in range(2):
         assert start(folder, python, *first[:-2], *data, "--runs", f"{folder}/./r [2]", log=f"all{i}").wait(300) == 0, (folder / f"all{i}").read_text()[-2000:]
         assert len((folder / "r [2]/finished.log").read_text().split("\n")) == 1 + 1 + 6, "each once, the first again"
-        assert json.loads((run / "text.bios.json").read_text())["passages"] == 100
+        assert json.loads((run / "text.bios.json").read_text())["passages"] == PASSAGES
         (run / "text.bios.json").unlink()  # as in a grid from before there was any: its weights are still there
     plan = lambda *words: {line.folder: line for line in planned(folder, *words).values()}
     small = plan("--model", "models/tiny-llama", "--num-examples", "5", *data, "--small")
@@ -289,11 +308,9 @@ def test_any_way_of_writing(shared, python, tmp_path):
     assert all("gsm8k" not in line.folder or "5" in line.args for line in small.values()) and any("gsm8k" in name for name in small)
 
 
-def test_a_part_and_then_another(shared, python, tmp_path):
+def test_a_part_and_then_another(furnished, python, tmp_path):
     """--only table1 leaves what figure 12 has still to probe; sets that are not here, or not sorted yet, are named before."""
-    folder = tmp_path / "part"
-    for name in ("models", "raw"):
-        shutil.copytree(shared / name, folder / name)
+    folder = shutil.copytree(furnished, tmp_path / "part")
     shutil.move(folder / "raw/gsm8k", folder / "gsm8k")
     part = lambda *options: start(folder, python, "--facts", "triviaqa", *options, log=f"{options[1]}.log").wait(300)
     assert part("--only", "table1", "--dry-run") == 0
@@ -383,19 +400,21 @@ def test_the_ladder(shared):
             for entry, settings in zip(run.lineage, LADDER[label]):
                 assert {key: entry[key] for key in settings} == settings
     for place in [*planned(shared), *[RUNS / model / "base" for model in MODELS]]:
-        assert json.loads((shared / place / "text.bios.json").read_text())["passages"] == 100
+        assert json.loads((shared / place / "text.bios.json").read_text())["passages"] == PASSAGES
 
 
-def test_killed_at_random(shared, python, tmp_path, request):
+def test_killed_at_random(shared, furnished, python, tmp_path, whole):
     """Two processes; at any moment one or the other gets kill -9, with its children or without them, SIGTERM or Ctrl-C, and is started
-    again: they end with the same bytes, and no run was lost or done twice. Of every fourth run and those it needs, or all."""
-    furnish(tmp_path)
-    whole = request.config.getoption("--long")
-    chance, kills, shard = random.Random(0), 40 if whole else 12, [] if whole else ["--shard", "0/4"]
+    again: they end with the same bytes, and no run was lost or done twice. Of every eighth run and those it needs, or all."""
+    if whole:
+        fewer_passages(furnish(tmp_path))  # the same bytes each time
+    else:
+        shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
+    chance, kills, shard = random.Random(0), 40 if whole else 8, [] if whole else ["--shard", "0/8"]
     go = lambda: start(tmp_path, python, *shard, EXTRA="--save-every 2")
     processes = [go(), go()]
     for n in range(kills):
-        time.sleep(chance.uniform(0.2, 2.5))
+        time.sleep(chance.uniform(0.1, 1.5))
         i, (kill, sent, statuses) = chance.randrange(2), HITS[n % len(HITS)]
         if processes[i].poll() is None:
             kill(processes[i].pid, sent)

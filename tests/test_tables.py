@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, run
@@ -15,6 +14,7 @@ import evaluate
 from data import DataError
 from evaluate import bootstrap, chain, doses, first_loss, is_near, lost_facts, misprinted, paper_figures, passes, t_interval, t_quantile, tables
 
+FIGURES = evaluate.figures
 FACTOID = ["kvr-id", "lama", "entityqa", "webqa"]
 
 
@@ -78,8 +78,9 @@ def grid(tmp_path, monkeypatch):
 
 def test_cells_and_claims(grid, monkeypatch):
     """Cells, averages, underlines, verdicts and the ledger equal values worked by hand, from runs without weights."""
-    monkeypatch.undo()  # figures too
-    text = tables(grid)
+    with monkeypatch.context() as with_figures:
+        with_figures.setattr(evaluate, "figures", FIGURES)
+        text = tables(grid)
     assert "| Key-Value Recall | <u>0.0 ± 0.0</u> <sub>0.5</sub> | 25.0 ± 0.0 <sub>2.1</sub> | 50.0 ± 0.0 <sub>17.4</sub> | 75.0 ± 0.0 <sub>33.8</sub> | 37.5 ± 0.0" in text
     assert "| K-Pile / - | <sub>0.1</sub> | 100.0 <sub>0.0</sub> |" in text
     assert "| No Mixing, steps of Random / - *(not in the paper)* |  | 100.0 ± 0.0 |" in text
@@ -401,13 +402,15 @@ def test_bootstrap():
     assert -0.12 < low < -0.07 and 0.07 < high < 0.12  # 1.96 / sqrt(400) = 0.098
 
 
-def test_plan(work):
-    """The plan names every cell: table 2's 3 x 9 x 6 x 3 besides its stage 1 runs and controls."""
-    lines = subprocess.run(["bash", ROOT / "run_all.sh", "--dry-run"], cwd=work, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True).stdout
+def test_plan(work, python, whole):
+    """The plan names every cell: table 2's 3 x 9 x 6 of each seed besides its stage 1 runs and controls. Of one seed, or all three."""
+    seeds, options = (3, []) if whole else (1, ["--seeds", "2"])
+    command = ["bash", ROOT / "run_all.sh", "--dry-run", *options]
+    lines = subprocess.run(command, cwd=work, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True, check=True).stdout
     counts = {line.split()[0]: int(line.split()[1]) for line in lines.split("\n") if line.startswith(("table", "figure", "ladder", "dose"))}
     # Our rows: four more first stages, and behind them or with a mix of weight 0 at stage 2 six rows of cells.
-    stage_1, ours = 3 * 3 * 3, 3 * 3 * (4 + 6 * 9)
-    assert counts["table1"] == 3 * 9 * 3 + 3 * 3 and counts["table2"] == 3 * 9 * 6 * 3 + stage_1 + ours
-    assert counts["dose"] == 3 * 2 * 5 * (1 + 2)  # of KVR, without and with mix, five doses, ID and LAMA behind each
-    assert counts["table4"] == 3 * 8 * 4 * 3 + 3 * 3  # without ID, with stage 1, which table 1 shares
-    assert counts["table5"] == counts["table6"] == 5 * 8 * 3 and set(counts) == {f"table{i}" for i in range(1, 7)} | {f"figure{i}" for i in (2, *range(4, 13))} | {"ladder", "dose"}
+    stage_1, ours = 3 * 3 * seeds, 3 * seeds * (4 + 6 * 9)
+    assert counts["table1"] == 3 * 9 * seeds + 3 * seeds and counts["table2"] == 3 * 9 * 6 * seeds + stage_1 + ours
+    assert counts["dose"] == seeds * 2 * 5 * (1 + 2)  # of KVR, without and with mix, five doses, ID and LAMA behind each
+    assert counts["table4"] == 3 * 8 * 4 * seeds + 3 * seeds  # without ID, with stage 1, which table 1 shares
+    assert counts["table5"] == counts["table6"] == 5 * 8 * seeds and set(counts) == {f"table{i}" for i in range(1, 7)} | {f"figure{i}" for i in (2, *range(4, 13))} | {"ladder", "dose"}
