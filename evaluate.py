@@ -18,6 +18,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports take their seconds, Ctrl-C has nothing to save
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -29,6 +30,7 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +47,7 @@ from data import (
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
-    faster_precision, load_model, model_name, setup_device, temporary_name,
+    faster_precision, load_model, model_name, setup_device, temporary_name, unreadable,
 )
 
 BATCH = 128  # prompts that generate together
@@ -216,7 +218,8 @@ def asked_before(path):
     taken = {name: row["data_sha256"] for name, row in read_run(path).scores.items()}
     for file in Path(path).glob("probe.*.json"):
         result = read_rows(file)
-        taken.setdefault(file.name.removeprefix("probe.").removesuffix(".json"), result.get("data_sha256"))
+        if not wrong_fields(result, {"data_sha256": str}):
+            taken.setdefault(file.name.removeprefix("probe.").removesuffix(".json"), result["data_sha256"])
     return taken
 
 
@@ -384,7 +387,7 @@ class Sorting:
             beside = file.with_suffix(".json")
             if file.exists() and beside.exists():
                 manifest = read_rows(beside)
-                whole = isinstance(manifest, dict) and {"kept", "asked"} <= manifest.keys()
+                whole = not wrong_fields(manifest, {"kept": int, "asked": int})
                 if whole and len(read_rows(file)) == manifest["kept"]:  # a kill may come between the two
                     found[file] = manifest
         return found
@@ -422,7 +425,7 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
     base, target, facts = work.name, work.target, work.facts
     header = work.header | {"precision": precision}
     part = target["familiar"].with_suffix(".part")
-    answers = kept_rows(part, header)[: len(facts)]
+    answers = kept_rows(part, header, lambda row: isinstance(row, str))[: len(facts)]
     shown = "".join(f"{shot['prompt']} {shot['response']}\n\n" for shot in work.shots)
     accepted = [[fact["response"], *fact.get("aliases", [])] for fact in facts]
     longest = max(len(tokenizer.encode(" " + answer)) for answers_ in accepted for answer in answers_)
@@ -455,17 +458,22 @@ def split(base_model, model, tokenizer, name, n, n_shots, data, rank, precision)
         work.say()
 
 
-def kept_rows(part, header):
+def kept_rows(part, header, fits):
     """The JSON lines that interrupted work with the same header left in file part, the same on every rank.
 
-    From here on part holds the header and just those.
+    From here on part holds the header and just those. fits(row): whether this work writes such a row.
     """
     rows = []
     if dist.get_rank() == 0:
         # What follows the last line break was cut by a kill.
-        lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []
+        lines = part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if part.exists() else []
         if lines and lines[0] == json.dumps(header):
-            rows = [json.loads(line) for line in lines[1:]]
+            try:
+                rows = [json.loads(line) for line in lines[1:]]
+            except ValueError:
+                rows = [None]
+            if not all(map(fits, rows)):
+                raise DataError(f"{part}: damaged; remove it to ask again what it kept")
         write_file(part, "".join(json.dumps(row) + "\n" for row in [header, *rows]))
     box = [rows]
     dist.broadcast_object_list(box)
@@ -483,38 +491,86 @@ DONE_WITH = ("commit", "clean", "python", "torch", "device", "ranks", "micro_tok
 LOGGING = ("eval_every", "eval_facts")
 NO_SETTINGS = {"seed", "base_model_name", *PATHS, *OUTCOMES, *DONE_WITH, *LOGGING}
 MIX_SETTINGS = {"mix_ratio", "mix_words", "mix_weight", "equal_weight"}  # decide nothing without a mix
-# What is read of an entry, and of a row of eval.json.
+# What is read of what a run or a part of it was made with, of an entry, and of a row of eval.json.
+PART_FIELDS = {**dict.fromkeys(["python", "torch", "device"], str), "commit": (str, type(None)), "clean": object,
+               "ranks": int}  # fmt: skip
 STAGE_FIELDS = {
     **dict.fromkeys(["data", "mix", "tag", "precision", "data_sha256", "base_model_name", "base_model_sha256"], str),
     **dict.fromkeys(PATHS, str),
-    **dict.fromkeys(["stage", "num_examples", "seed", "mix_words", "steps", "ranks"], int),
-    **dict.fromkeys(["mix_ratio", "mix_weight", "replay"], (int, float)), **dict.fromkeys(DONE_WITH, object),
+    **dict.fromkeys(["stage", "num_examples", "seed", "mix_words", "steps", "ranks", "batch_size"], int),
+    **dict.fromkeys(["mix_ratio", "mix_weight", "replay", "lr"], (int, float)), **dict.fromkeys(DONE_WITH, object),
+    **PART_FIELDS, "familiarity": str, "losses": dict, "resumed_from": list,
 }  # fmt: skip
+COUNT_FIELDS = dict.fromkeys(["num_mix", "num_replay", "num_cut", "epochs"], int)  # where an entry has them
 SCORE_FIELDS = {
     **dict.fromkeys(["data", "precision", "data_sha256"], str), **dict.fromkeys(["correct", "total", "of"], int),
     "accuracy": (int, float),
 }  # fmt: skip
 TEXT_FIELDS = {"loss": float, **dict.fromkeys(["tokens", "passages"], int),
                **dict.fromkeys(["precision", "data", "data_sha256"], str)}  # fmt: skip
+ANSWER_FIELDS = {**dict.fromkeys(["id", "prompt", "response", "prediction"], str), "correct": bool}
+# Of a step's row in metrics.jsonl.
+STEP_FIELDS = {**dict.fromkeys(["step", "epoch", "tokens"], int), **dict.fromkeys(["lr", "seconds"], (int, float)),
+               **dict.fromkeys(["loss", "grad_norm"], object)}  # fmt: skip
 
 
-def read_rows(path):
-    """The value in a JSON file, or the list of those in a JSON-lines file."""
+def read_rows(path, fields=()):
+    """The value in a JSON file, or the list of those in a JSON-lines file, which must have the fields {name: type}."""
     try:
-        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            return json.loads(text)
-        rows = [json.loads(line) for line in text.split("\n") if line]
+            return json.loads(path.read_bytes())
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a line is no JSON object")
-        return rows
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable ({error}); train or evaluate that run again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(str(unreadable(path, f"not readable ({error})", "train or evaluate that run again"))) from None
+    for number, row in enumerate(rows, 1):
+        if wrong := wrong_fields(row, dict(fields)):
+            raise DataError(f"{path}:{number}: has not what this version of the code writes as {', '.join(wrong)}; "
+                            "train or evaluate that run again")  # fmt: skip
+    return rows
 
 
 def wrong_fields(row, fields):
     """The names of those fields {name: type} that a row lacks, or has of another type."""
+    if not isinstance(row, dict):
+        return list(fields)
     return [name for name, kind in fields.items() if name not in row or not isinstance(row[name], kind)]
+
+
+def is_own_log(file):
+    """Whether a metrics.jsonl is train.py's, by its first line: other programs call their logs so too."""
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(file, encoding="utf-8-sig") as rows:
+        first = rows.readline()
+        if first.endswith("\n"):
+            return not wrong_fields(json.loads(first), STEP_FIELDS)
+        # Cut by a kill, or of a run that has made no step: without a model beside it.
+        return '{"step": '.startswith(first[:9]) and not (file.parent / "config.json").exists()
+    return False
+
+
+def is_foreign(folder):
+    """Whether run.json in a folder is another program's: no list, as ours is, and nothing beside it is of a run."""
+    file, scores = Path(folder) / "run.json", Path(folder) / "eval.json"
+    begins = file.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1] if file.is_file() else b""
+    of_run = [row for row in own_scores(scores) if "base_model_sha256" not in row]
+    return begins == b"{" and not of_run and not is_own_log(file.with_name("metrics.jsonl"))
+
+
+def has_run(folder):
+    """Whether a folder is a run's, finished or not, by its run.json or its log."""
+    folder = Path(folder)
+    return (folder / "run.json").exists() and not is_foreign(folder) or is_own_log(folder / "metrics.jsonl")
+
+
+def own_scores(file):
+    """The rows of an eval.json that evaluate.py wrote."""
+    content = read_rows(file) if file.exists() else {}
+    return [row for row in content.values() if "data" in row] if is_table(content) else []
+
+
+def is_table(content):
+    return isinstance(content, dict) and all(isinstance(row, dict) for row in content.values())
 
 
 def read_lineage(path):
@@ -522,19 +578,32 @@ def read_lineage(path):
 
     Paths are as they are from here.
     """
+    check_folder(path)
     file = Path(path) / "run.json"
-    if not file.exists() and file.with_name("metrics.jsonl").exists():
+    if not file.exists() and is_own_log(file.with_name("metrics.jsonl")):
         raise DataError(f"{path}: an unfinished run, without run.json; finish it with train.py --resume")
-    lineage = read_rows(file) if file.exists() else []
+    if not file.exists() or is_foreign(path):
+        return []
+    lineage = read_rows(file)
     stages = isinstance(lineage, list) and all(isinstance(entry, dict) and "stage" in entry for entry in lineage)
-    if not stages or file.exists() and not lineage:
-        raise DataError(f"{file}: not a lineage of stages; remove the folder and train it again")
+    if not stages or not lineage:
+        raise DataError(f"{file}: not a lineage of stages; restore it, or move it elsewhere if it is another program's")
     for number, entry in enumerate(lineage, 1):
-        if wrong := wrong_fields(entry, STAGE_FIELDS):
+        if wrong := wrong_in_stage(entry):
             raise DataError(f"{file}: stage {number} has not what this version of the code writes as "
                             f"{', '.join(wrong)}; read it with the version that wrote it, or train it "
                             "again")  # fmt: skip
     return [with_paths(entry, lambda stored: path_from(path, stored)) for entry in lineage]
+
+
+def wrong_in_stage(entry):
+    """As wrong_fields, of an entry of run.json and of what is in its fields."""
+    wrong = wrong_fields(entry, STAGE_FIELDS | {name: kind for name, kind in COUNT_FIELDS.items() if name in entry})
+    if not wrong and wrong_fields(entry["losses"], dict.fromkeys(entry["losses"], (int, float))):
+        return ["losses"]
+    if not wrong and any(wrong_fields(part, PART_FIELDS) for part in entry["resumed_from"]):
+        return ["resumed_from"]
+    return wrong
 
 
 def with_paths(entry, change):
@@ -563,6 +632,11 @@ def settings_of(entry):
 def record(lineage):
     """A lineage as a text: two checkpoints with one record are one run."""
     return json.dumps([without_paths(entry) for entry in lineage], sort_keys=True)
+
+
+def said(value):
+    """A setting's value in a message, of one that is not there or null too."""
+    return "unset" if value is None else str(value)
 
 
 def set_names(lineage):
@@ -602,7 +676,7 @@ class Stage:
     def of(cls, entry):
         known = settings_of(entry)
         value = known.get(entry["tag"])
-        varied = () if value is None else (value,)  # None has no place in an order
+        varied = (value,) if isinstance(value, (str, int, float)) else ()  # None has no place in an order
         return cls(known["data"], known["mix"], shown_weight(known), entry["replay"], entry["tag"], varied)
 
 
@@ -672,7 +746,8 @@ class Grid:
 
 def read_runs(folder):
     """Every finished run below a folder, in an order that does not depend on folders' names."""
-    runs = [read_run(run) for run in folders_with(["run.json"], folder)]
+    check_folder(folder)
+    runs = [read_run(run) for run in folders_with(["run.json"], folder) if not is_foreign(run)]
     if not runs:
         raise DataError(f"{folder}: no finished run below it; train some, and run evaluate.py on each")
     return sorted(runs, key=lambda run: record(run.lineage))
@@ -697,7 +772,7 @@ def read_untrained(folder):
     has no run.json beside it and names one."""
     found = {}
     for place in folders_with(["eval.json", "text.*.json"], folder):
-        if (place / "run.json").exists() or (place / "metrics.jsonl").exists():
+        if has_run(place):
             continue
         rows = []
         for file in [*place.glob("eval.json"), *place.glob("text.*.json")]:
@@ -713,14 +788,17 @@ def read_untrained(folder):
 def read_run(folder):
     """The Run in a folder, also of one that has not been asked anything."""
     folder = Path(folder)
+    lineage = read_lineage(folder) if folder.is_dir() else []
     scores = read_rows(folder / "eval.json") if (folder / "eval.json").exists() else {}
+    if not lineage and not own_scores(folder / "eval.json"):
+        scores = {}  # another program's
     rows = scores.values() if isinstance(scores, dict) else [None]
     for row in rows:
-        fits = isinstance(row, dict) and not wrong_fields(row, SCORE_FIELDS) and row["total"] > 0
+        fits = not wrong_fields(row, SCORE_FIELDS) and row["total"] > 0
         if not fits or row["accuracy"] != 100 * row["correct"] / row["total"]:
             raise DataError(f"{folder / 'eval.json'}: not as this version of the code writes it; remove it and run "
                             "evaluate.py again")  # fmt: skip
-    return Run(folder, read_lineage(folder), scores, read_texts(folder))
+    return Run(folder, lineage, scores, read_texts(folder))
 
 
 def read_texts(folder):
@@ -728,7 +806,9 @@ def read_texts(folder):
     texts = {}
     for file in sorted(folder.glob("text.*.json")):
         row = read_rows(file)
-        if not isinstance(row, dict) or wrong_fields(row, TEXT_FIELDS) or not math.isfinite(row["loss"]):
+        if not isinstance(row, dict) or "passages" not in row:
+            continue  # another program's
+        if wrong_fields(row, TEXT_FIELDS) or not math.isfinite(row["loss"]):
             raise DataError(f"{file}: not as this version of the code writes it; remove it and run evaluate.py "
                             "--text again")  # fmt: skip
         texts[row["data"]] = row
@@ -781,7 +861,7 @@ def check_agreement(one, two):
         first, second = settings_of(first), settings_of(second)
         keys = [key for key in first | second if first.get(key) != second.get(key) and key not in follow]
         keys.sort(key=lambda key: (key.endswith("sha256"), key))
-        differing += [f"{key} of stage {stage} is {str(first.get(key))[:20]} and {str(second.get(key))[:20]}"
+        differing += [f"{key} of stage {stage} is {said(first.get(key))[:20]} and {said(second.get(key))[:20]}"
                       for key in keys]  # fmt: skip
     if differing:
         raise DataError(f"{both(one, two)}: runs of one cell ({label_of(one.stages)}), but {'; '.join(differing)}; "
@@ -828,14 +908,14 @@ def mix_name(stage):
 def predictions(folder, name):
     """The rows of predictions.NAME.jsonl, or None where there is none."""
     file = Path(folder) / f"predictions.{name}.jsonl"
-    return read_rows(file) if file.exists() else None
+    return read_rows(file, ANSWER_FIELDS) if file.exists() else None
 
 
 def right_answers(run, data):
     """Whether each fact of a set was answered right, in the set's order, from a run's predictions alone."""
     name, score = run.score(data)
     file = run.folder / f"predictions.{name}.jsonl"
-    right = [bool(row["correct"]) for row in read_rows(file)]
+    right = [row["correct"] for row in read_rows(file, ANSWER_FIELDS)]
     if (len(right), sum(right)) != (score["total"], score["correct"]):
         raise DataError(f"{file}: not the answers that eval.json beside it counts; run evaluate.py again")
     return right
@@ -1937,6 +2017,7 @@ def figures(grid, layout, folder, starts):
     return drawn
 
 
+LENS_FIELDS = {"frequency": list, "first_share": list, "accuracy": (int, float), "top_k": int, "floor": dict}
 LENS_FIGURES = {"kvr": "figure11", "triviaqa": "figure12"}  # beside figure 4, which has them all
 
 
@@ -1946,7 +2027,10 @@ def lens_figures(grid, folder):
     for stages, cell in sorted(grid.cells.items()):
         run, a = cell[min(cell)], stages[0].data
         if len(stages) > 1 and (file := run.folder / f"probe.{a}.json").exists():
-            lens.setdefault(a, []).append((a, f"{label_of(stages)}, after {stages[-1].data}", read_rows(file)))
+            result = read_rows(file)
+            if wrong := wrong_fields(result, LENS_FIELDS) or wrong_fields(result["floor"], {"shuffled": dict}):
+                raise DataError(f"{file}: has not what probe.py writes as {', '.join(wrong)}; run probe.py again")
+            lens.setdefault(a, []).append((a, f"{label_of(stages)}, after {stages[-1].data}", result))
     of_lens = {"figure4": list(itertools.chain(*lens.values()))}  # figure 4 has all sets, the others one each
     of_lens |= {LENS_FIGURES[a]: results for a, results in lens.items() if a in LENS_FIGURES}
     for name, results in of_lens.items():
@@ -2052,6 +2136,8 @@ def retention(run, starts):
     before = after_stage_1(run, starts) if len(run.lineage) == 2 else None
     file = run.folder / "metrics.jsonl"
     checks = [row for row in read_rows(file) if row.get("data") == name] if file.exists() else []
+    if any(wrong_fields(row, {"step": int, "accuracy": (int, float)}) for row in checks):
+        raise DataError(f"{file}: a check of {name} has no step or accuracy; restore it, or train that run again")
     return [(0, before)] * (before is not None) + [(100 * row["step"] / steps, row["accuracy"]) for row in checks]
 
 
@@ -2211,6 +2297,10 @@ def main():
                         help="count which of their facts stand in a text that the finished runs below this folder were "
                              "trained on (appendix B.6), for their tables")  # fmt: skip
     args = parser.parse_args()
+    check_folder(args.data_dir, may_be_made=True)
+    for folder in filter(None, (args.overlap, args.tables)):
+        check_folder(folder)
+        check_writable(folder, "copy the runs to where files can be written")
     if args.overlap or args.tables:
         if args.overlap:
             keep_overlap(args.overlap, args.data_dir)
@@ -2227,6 +2317,8 @@ def main():
     if args.fewer and not args.num_examples:
         raise DataError("--fewer goes with --num-examples: how many there should be")
     lineage = read_lineage(args.checkpoint)
+    if args.text and args.text.endswith(".jsonl"):
+        load_examples(args.text, 1)  # the user's own file is there, or nothing is asked
     if args.split:
         if lineage:
             raise DataError(f"{args.checkpoint}: has been trained; --split asks an untouched base model")
@@ -2243,12 +2335,15 @@ def main():
     rank, opened, out = int(os.environ.get("RANK", 0)), None, args.out or args.checkpoint
     base_model = None if lineage else base_of(args.checkpoint, lineage)
     if sets:
+        answers = {f"predictions.{asked.name}.jsonl": ANSWER_FIELDS for asked in sets}
+        check_place(out, {"eval.json": SCORE_FIELDS, **answers})
         opened = tokenizer, model, rank = open_checkpoint(args, lineage)
         results = evaluate(out, model, tokenizer, sets, args.precision, rank, base_model)
         if rank == 0:
             say_results(results, args.precision)
     # After the facts, so that text which cannot be had does not cost their answers.
     if args.text and (text := text_to_measure(args, lineage)):
+        check_place(out, {f"text.{text.name}.json": TEXT_FIELDS})
         opened = tokenizer, model, rank = opened or open_checkpoint(args, lineage)
         row = measure_text(out, model, tokenizer, text, args.precision, rank, base_model)
         if rank == 0:
@@ -2273,9 +2368,37 @@ def check_out(args, lineage):
     if not lineage:  # else a row does not say of which training it is
         sha256 = base_of(args.checkpoint, []).sha256
         others = [row for row in others if row.get("base_model_sha256") != sha256]
-    if others or (out / "run.json").exists():
-        raise DataError(f"--out {args.out}: holds the answers of another model, or of this one after other training; "
-                        "remove it, or give another folder")  # fmt: skip
+    if others or has_run(out) or (out / "config.json").exists():
+        raise DataError(f"--out {args.out}: holds the answers of another model, or of this one after other training, "
+                        "or a model itself; give another folder")  # fmt: skip
+
+
+def check_folder(path, may_be_made=False):
+    """A DataError unless a folder is there."""
+    if not os.path.isdir(path) and not (may_be_made and not os.path.lexists(path)):
+        but = ", but a file" if os.path.isfile(path) else ""
+        raise DataError(f"{path}: no such folder{but}; name one that is there")
+
+
+def check_writable(folder, remedy):
+    """A DataError unless files can be made in a folder, or where it would be made itself."""
+    folder = Path(os.path.abspath(folder))
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise DataError(f"{there}: cannot be written to ({error.strerror.lower()}); {remedy}") from None
+
+
+def check_place(folder, files, remedy="name another folder for the answers with --out DIR"):
+    """A DataError unless files {name: fields of their rows} can be written into a folder, in place of our own alone."""
+    check_writable(folder, remedy)
+    for file, fields in ((Path(folder) / name, fields) for name, fields in files.items()):
+        rows = read_rows(file) if file.exists() else []
+        if isinstance(rows, dict):
+            rows = list(rows.values()) if file.name == "eval.json" else [rows]
+        if not isinstance(rows, list) or rows and wrong_fields(rows[0], fields):
+            raise DataError(f"{file}: not as this version of the code writes it, perhaps another program's; {remedy}")
 
 
 def still_to_ask(args, sets):
@@ -2322,6 +2445,8 @@ def split_all(args):
             raise DataError(f"{name}: its facts would be kept where those of another set called {work.name} are; "
                             "rename it")  # fmt: skip
     to_do = not all(work.done for work in works.values())
+    if to_do:
+        check_writable(args.data_dir, "name another folder for the sorted facts with --data-dir")
     tokenizer, model, rank = open_checkpoint(args, []) if to_do else (None, None, int(os.environ.get("RANK", 0)))
     for name in names:
         split(base_model, model, tokenizer, name, args.num_examples, args.shots, args.data_dir, rank, args.precision)

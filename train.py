@@ -39,7 +39,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 import argparse
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import io
@@ -65,20 +64,21 @@ from safetensors import safe_open
 from torch.optim.adamw import adamw
 
 from data import (
-    DEFAULT_WORDS, SETS, SOURCES, STOPPING, BaseModel, DataError, Parser, at_hand, batches, begin_command, chat_template,
-    copy_tokenizer, encode, end_by, familiarity, flat_file, is_split, load_examples, load_tokenizer,
-    micro_batches, progress_bar, set_label, stage_facts, was_sorted, write_file,
+    DEFAULT_WORDS, SETS, SOURCES, STOPPING, TOKENIZER_FILES, BaseModel, DataError, Parser, at_hand, batches,
+    begin_command, chat_template, copy_tokenizer, encode, end_by, familiarity, flat_file, is_split, load_examples,
+    load_tokenizer, lock, micro_batches, progress_bar, set_label, stage_facts, was_sorted, write_file,
 )
 from evaluate import (
-    base_of, check_vocabulary, common_prefix_len, exact_matches, read_lineage, read_rows, record,
-    relative_lineage, resolve_precision, settings_of, stage_sets, without_paths,
+    STEP_FIELDS, base_of, check_folder, check_vocabulary, common_prefix_len, exact_matches, is_foreign, is_own_log,
+    read_lineage, read_rows, record, relative_lineage, resolve_precision, said, settings_of, stage_sets, without_paths,
+    wrong_fields,
 )
 from model import (
     MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,
-    build_model, content_id, device_name, end_process_group, fail, free_memory, generation_mode, is_sharded,
+    build_model, content_id, device_name, end_process_group, fail, free_memory, generation_mode, is_run, is_sharded,
     load_weights, local, local_rows, model_name, product_speeds, raise_on_all_ranks, reshard, rows_of, save_model,
-    setup_device, temporary_name, to_device, verify, weights_dtype, weights_sample_sha256, whole_memory, write_json,
-    write_tensors, writing,
+    setup_device, temporary_name, tensor_files, to_device, verify, weights_dtype, weights_sample_sha256, whole_memory,
+    write_json, write_tensors, writing,
 )
 
 LEARNING_RATES = {"llama": 5e-5, "mistral": 1e-5}  # appendix B.4
@@ -333,7 +333,9 @@ def main(penalty=None):
     if args.plan:
         runs = read_plan(sys.stdin)
         return say_time(runs, args.precision, args.after) if args.brief else say_plan(runs, args)
-    config, lineage = Config.from_folder(args.model), read_lineage(args.model)
+    check_folder(args.data_dir, may_be_made=True)
+    lineage = read_lineage(args.model)
+    config = Config.from_folder(args.model)
     if args.stage != len(lineage) + 1:
         raise DataError(f"{args.model}: has {len(lineage)} stages behind it, so the next is --stage {len(lineage) + 1}")
     out = Path(args.out)
@@ -504,7 +506,7 @@ def main(penalty=None):
                                               "stopped_by": stopped_by, "checkpoint": str(out)}  # fmt: skip
                 rows = relative_lineage([*lineage, entry], out)
                 write_file(out / "run.json", json.dumps(rows, indent=2) + "\n")
-                for old in out.glob("state-*"):
+                for old in states_in(out):
                     shutil.rmtree(old)
         idle = step - position.updates
         without = f"; {idle} of the batches held no fact and gave no update" if idle else ""
@@ -566,6 +568,8 @@ def outcome(log):
     The losses are those that the last epoch's steps began with: a batch alone may hold little of a source.
     """
     steps = [row for row in read_rows(Path(log)) if "tokens" in row]
+    if any(wrong_fields(row, STEP_FIELDS) for row in steps):
+        raise DataError(f"{log}: damaged; restore it")
     summed, counts = Counter(), Counter()
     for row in steps:
         if row["epoch"] == steps[-1]["epoch"]:
@@ -842,17 +846,19 @@ class Position:
 
 def claim(out, resume):
     """Make folder out this process's own: (its metrics.jsonl, the newest state in it or None); else a DataError."""
+    finished = is_run(out)
+    if not finished:
+        check_own(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # Open, and so locked, as long as the run.
         log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however this process ends
+        lock(log)
     except OSError as error:
         why = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror.lower()
         raise DataError(f"{out}: {why}; give another --out") from None
-    states = sorted(path for path in out.glob("state-*") if path.suffix != ".tmp")
-    finished = (out / "run.json").exists()
-    for left in [*out.glob("*.tmp"), *(states if finished else [])]:
+    states = sorted(states_in(out))
+    for left in [*out.glob("*.[0-9]*.tmp"), *(states if finished else [])]:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     if finished:
         raise DataError(f"{out}: holds a finished run; give another --out, or remove it")
@@ -861,6 +867,30 @@ def claim(out, resume):
     for old in [out / "eval.json", *out.glob("predictions.*.jsonl"), *out.glob("text.*.json")]:
         old.unlink(missing_ok=True)
     return log, states[-1] if states else None
+
+
+# All that a run writes or removes in its folder, beside its log.
+RUN_FILES = (MANIFEST, "config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES,
+             "chat_template.jinja", "run.json", "eval.json", "predictions.*.jsonl", "text.*.json", "state-*",
+             "*.tmp")  # fmt: skip
+
+
+def check_own(out):
+    """A DataError where a folder holds what a run would take the place of, a base model for one, and is no run's."""
+    log = out / "metrics.jsonl"
+    begun = is_own_log(log)
+    if log.exists() and not begun:
+        raise DataError(f"{log}: not of a run of this code; give another --out")
+    there = [path for pattern in RUN_FILES for path in out.glob(pattern)]
+    if there and not (begun and log.stat().st_size):
+        raise DataError(f"{out}: holds {there[0].name}, and no run of this code; give another --out")
+    if (out / "run.json").exists():
+        raise DataError(f"{out / 'run.json'}: damaged, or another program's; give another --out")
+
+
+def states_in(out):
+    """The folders of whole states in a run's folder."""
+    return [path for path in out.glob("state-*") if re.fullmatch(r"state-\d+", path.name)]
 
 
 def save_state(out, log, model, optimizer, position, settings):
@@ -889,7 +919,7 @@ def save_state(out, log, model, optimizer, position, settings):
                 manifest = {"position": asdict(position), "settings": settings, "files": files}
                 write_json(unfinished / MANIFEST, manifest)
                 os.replace(unfinished, target)
-                for old in out.glob("state-*"):
+                for old in states_in(out):
                     if old != target:
                         shutil.rmtree(old)
     except SaveError:
@@ -901,7 +931,9 @@ def save_state(out, log, model, optimizer, position, settings):
 def read_state(state):
     """The manifest of a state whose files are whole."""
     manifest = verify(state, f"restore it, or remove {state.parent} to begin again")
-    if not manifest.keys() >= {"position", "settings"} or "precision" not in manifest["settings"]:
+    position = {**dict.fromkeys(["step", "updates", "hits", "log_bytes"], int), "made_with": list}
+    fits = not wrong_fields(manifest.get("position"), position) and isinstance(manifest.get("settings"), dict)
+    if not fits or "precision" not in manifest["settings"]:
         raise DataError(f"{state}: of an earlier version of this code; go on with that, or remove {state.parent}")
     return manifest
 
@@ -910,7 +942,7 @@ def load_state(state, manifest, settings):
     """(Position, files in the order of ranks) of a state, whose run must have had the same settings."""
     settings, then = json.loads(json.dumps(settings)), manifest["settings"]
     others = [key for key in settings | then if settings.get(key) != then.get(key)]
-    changed = [f"{key} was {then.get(key)}, now {settings.get(key)}" for key in others]
+    changed = [f"{key} was {said(then.get(key))}, now {said(settings.get(key))}" for key in others]
     if changed:
         raise DataError(f"{state}: of a run with other settings: {'; '.join(changed)}; give the same, or another --out")
     return Position(**manifest["position"]), [state / file for file in sorted(manifest["files"])]
@@ -1188,10 +1220,11 @@ class Planned:
 
     def check(self, runs):
         """A DataError where the folder holds a finished run that is not the planned one; runs: all of the plan."""
-        if not (self.folder / "run.json").exists():
+        if not (self.folder / "run.json").exists() or is_foreign(self.folder):
             return
         *before, entry = read_lineage(self.folder)
-        if before and record(before) != record(read_lineage(self.needs)):
+        needed = read_lineage(self.needs) if before and Path(self.needs).is_dir() else []
+        if record(before) != record(needed):
             raise DataError(f"{self.folder}: began with another run than {self.needs} now holds; remove it")
         planned = settings_of(vars(self.args)) | {"seed": self.args.seed, "familiarity": self.familiarity}
         if not before and list(Path(self.args.model).glob("*.safetensors")):
@@ -1284,7 +1317,8 @@ def say_plan(runs, args):
     say_hours(runs, to_do)
     kept = {run.needs for run in runs.values()} - {"-"}
     for model in base_models(runs):
-        size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 1e9
+        weights = set(tensor_files(Path(model)).values()) if any(Path(model).glob("*.safetensors")) else []
+        size = sum(file.stat().st_size for file in weights) / 1e9
         said = f"; {model} has no weights here, so their size is unknown"
         if size:
             state = size * (3 if weights_dtype(model) == torch.float32 else 6)  # weights and moments in fp32
@@ -1537,7 +1571,7 @@ def timed_steps(folder):
         rows = [json.loads(line) for line in text.split("\n")[:-1]]
     except ValueError:
         return []
-    return [row for row in rows if "tokens" in row]
+    return [row for row in rows if not wrong_fields(row, STEP_FIELDS)]
 
 
 def tokens_and_steps(run, runs):

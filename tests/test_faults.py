@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -20,11 +21,14 @@ import time
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT
-from safetensors.torch import load_file
+from conftest import CONFIG, ROOT, run, tiny_llama
+from safetensors.torch import load_file, save_file
 from test_train import COMMON, metrics
 
-from model import CheckpointError, load_model, save_model
+import data
+from evaluate import read_lineage
+from model import MANIFEST, CheckpointError, Config, content_id, load_model, save_model, weights_dtype
+from train import Position, claim, load_state, read_state
 
 # 30 steps, a state after every fourth.
 TRAIN = [*map(str, COMMON), "--epochs", "10", "--save-every", "4"]
@@ -584,3 +588,247 @@ def test_dry_run(work, server, unbroken):
     options = [*TRAIN, "--model", "models/large", "--precision", "bf16-mixed", "--out", folder, "--save-every", "0", "--gpu-memory", "48"]
     statuses, output = train(server, work, *options, "--dry-run", "2")
     assert statuses == [2] and "8.030 billion" in output and "what would fit: --precision bf16, 4 ranks" in output, output
+
+
+# ---------------------------------------------------------------- folders and files that are not as they should be
+
+INDEX = "model.safetensors.index.json"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+ASKED = ["--data", "facts.jsonl", "--precision", "fp32"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base model as others save it, without a manifest, and beside its folder three facts."""
+    folder = tiny_llama(tmp_path / "base")
+    (folder / MANIFEST).unlink()
+    facts = [{"id": f"{i}", "prompt": f"{i}?", "response": "a"} for i in range(3)]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    return folder
+
+
+def refused(cwd, *command):
+    """The one line that a command says before it ends with status 2."""
+    done = run(cwd, *command, ok=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "None" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def change(file, **fields):
+    """Give fields of a JSON object other values."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def content(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_two_checkpoints_in_one_folder(base, monkeypatch):
+    """Of one file and an index of shards, even a stale one, the file is taken everywhere, as in transformers, and a line says so."""
+    weights, id_, other = load_file(base / "model.safetensors"), content_id(base), tiny_llama(base.parent / "other", seed=1)
+    monkeypatch.setattr("model.SHARD_BYTES", 100_000)
+    save_model(load_model(other, torch.bfloat16), other)
+    for file in [INDEX, *[shard.name for shard in other.glob("model-*")][1:]]:
+        shutil.copy(other / file, base)
+    assert torch.equal(load_model(base, torch.float32).lm_head.weight, weights["lm_head.weight"])
+    assert weights_dtype(base) == torch.float32 and content_id(base) == id_ != content_id(other)
+    assert run(base.parent, "evaluate.py", "base", *ASKED).stderr.count("base/model.safetensors: taken, and not the shards of") == 1
+
+
+def test_no_head(base):
+    """Where weights have no head and config.json does not say that it is the embedding, the line says what to set; that set, they load."""
+    weights = load_file(base / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, base / "model.safetensors")
+    for value in ({}, {"tie_word_embeddings": None}, {"tie_word_embeddings": False}):
+        change(base / "config.json", **value)
+        line = refused(base.parent, "evaluate.py", "base", *ASKED)
+        assert "no tensor lm_head.weight" in line and 'set "tie_word_embeddings": true in its config.json' in line
+    change(base / "config.json", tie_word_embeddings=True)
+    load_model(base)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "shard", INDEX, "config.json", "run.json", "eval.json", "model.gguf"])
+def test_pointers_of_git_lfs(base, file, monkeypatch):
+    """What Git LFS has not fetched yet is named, with the command that does."""
+    if file in ("shard", INDEX):
+        monkeypatch.setattr("model.SHARD_BYTES", 100_000)
+        save_model(load_model(base, torch.float32), base)
+        (base / MANIFEST).unlink()
+        file = sorted(path.name for path in base.glob("model-*"))[1] if file == "shard" else file
+    (base / file).write_text(POINTER)
+    command = ["model.py", "base/model.gguf", "out"] if file == "model.gguf" else ["evaluate.py", "base", *ASKED]
+    assert f"base/{file}: a pointer of Git LFS" in (line := refused(base.parent, *command)) and "git lfs pull" in line
+
+
+@pytest.mark.parametrize("command", [
+    "evaluate.py X", "evaluate.py X --data facts.jsonl", "evaluate.py X --lost", "evaluate.py X --split popqa", "evaluate.py --tables X",
+    "evaluate.py --overlap X", "probe.py X", "probe.py base X --data facts.jsonl", "probe.py base --transplant X", "model.py --precision X",
+    "train.py --stage 1 --model X", "train.py --stage 2 --data bios --model X", "train.py --stage 1 --model X --dry-run 2",
+    "train.py --stage 1 --model base --num-examples 2 --epochs @X",
+])  # fmt: skip
+def test_no_such_folder(base, command):
+    """Every command says of a folder that is not there, or is a file, that there is no such folder."""
+    for name in ("nowhere/", r"C:\models\ckpt", "facts.jsonl"):
+        line = refused(base.parent, *[word.replace("X", name) for word in command.split()])
+        assert f"{name.rstrip('/')}{'/' * name.endswith('/')}: no such folder" in line or f"{name.rstrip('/')}: no such folder" in line
+
+
+@pytest.mark.parametrize("command", [
+    "evaluate.py base --data X", "evaluate.py base --data facts.jsonl --text X", "evaluate.py base --split X", "probe.py base --data X",
+    "train.py --stage 1 --model base --data X", "train.py --stage 1 --model base --num-examples 2 --mix X", "model.py X out",
+])  # fmt: skip
+def test_no_such_file(base, command):
+    """The same for a file, before anything is asked."""
+    line = refused(base.parent, *[word.replace("X", r"C:\facts.jsonl") for word in command.split()])
+    assert r"C:\facts.jsonl: no such file" in line and not (base / "eval.json").exists()
+
+
+def test_folder_of_others(base):
+    """A model in a folder that may not be written is not loaded to be asked; the line says --out, with which it is asked."""
+    powers = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []  # root may write everywhere
+    whole, weights = (base / "model.safetensors").read_bytes(), load_file(base / "model.safetensors")
+    save_file(weights | {"model.norm.weight": torch.full((32,), float("nan"))}, base / "model.safetensors")  # not to be loaded
+    base.chmod(0o555)
+    for script, remedy in (("evaluate.py", "--out DIR"), ("probe.py", "a folder of links")):
+        done = subprocess.run([*powers, sys.executable, ROOT / script, "base", *ASKED], cwd=base.parent, capture_output=True, text=True)
+        assert done.returncode == 2 and "cannot be written to (permission denied)" in done.stderr and remedy in done.stderr, done.stderr
+    (base / "model.safetensors").write_bytes(whole)
+    assert "0.0%" in run(base.parent, "evaluate.py", "base", *ASKED, "--out", "answers").stdout
+    assert "facts.jsonl: cannot be written to (not a directory)" in refused(base.parent, "evaluate.py", "base", *ASKED, "--out", "facts.jsonl")
+
+
+def test_files_of_other_programs(base):
+    """What another program has left in a base model's folder is passed over, and where it would be written over, that is said."""
+    theirs = {"manifest.json": {"name": "app", "files": {"main.js": "/main.js"}}, "run.json": {"id": "x1", "state": None}, "text.x.json": [],
+              "probe.x.json": []}  # fmt: skip
+    for name, value in theirs.items():
+        (base / name).write_text(json.dumps(value))
+    (base / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    before = content(base)
+    assert read_lineage(base) == []
+    run(base.parent, "evaluate.py", "base", *ASKED)
+    run(base.parent, "probe.py", "base", *ASKED)
+    assert content(base).items() >= before.items()
+    for name, value in (("eval.json", {"eval_loss": 1.5}), ("predictions.facts.jsonl", {"label": 1})):
+        (base / name).write_text(json.dumps(value) + "\n")
+        before = content(base)
+        line = refused(base.parent, "evaluate.py", "base", *ASKED)
+        assert f"base/{name}: " in line and "--out DIR" in line and content(base) == before
+        run(base.parent, "evaluate.py", "base", *ASKED, "--out", f"answers to {name}")
+        (base / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "manifest.json", "state-dict", "notes.tmp", "metrics.jsonl", "run.json"])
+def test_out_is_not_of_a_run(base, name):
+    """train.py --out takes nothing's place that is no run's, nor does a conversion or the answers of another model; no word of removing."""
+    theirs = base.parent / "theirs"
+    theirs.mkdir()
+    (theirs / name).write_text('{"step": 1, "loss": 2.5}\n')
+    commands = [[*"train.py --stage 1 --model base --num-examples 2 --out".split(), "theirs", *resume] for resume in ([], ["--resume"])]
+    commands += [["evaluate.py", "base", *ASKED, "--out", "theirs"]] if name == "config.json" else []
+    for command in commands:
+        line = refused(base.parent, *command)
+        assert name in line or "a model itself" in line, line
+        assert "give another" in line and "remove" not in line
+    assert [file.name for file in theirs.iterdir()] == [name]
+
+
+def test_what_is_not_a_state(work, server, interrupted):
+    """In a run's own folder files that are called like its states stay, and a run goes on."""
+    out = work / "with-notes"
+    shutil.copytree(interrupted, out)
+    (out / "state-notes.txt").write_text("x")
+    statuses, output = train(server, work, *TRAIN, "--out", out, "--resume")
+    assert statuses == [0] and "goes on after step" in output and (out / "state-notes.txt").exists(), output
+
+
+def test_without_locks(tmp_path, monkeypatch, capsys):
+    """On a file system without locks a run begins, with a line of warning; one that another process has is refused."""
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(data.fcntl, "flock", no_locks)
+    claim(tmp_path / "out", resume=False)[0].close()
+    claim(tmp_path / "out", resume=False)[0].close()
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+# ---------------------------------------------------------------- JSON of odd types
+
+
+@pytest.mark.parametrize("fields", [
+    {"model_type": None}, {"model_type": ["llama"]}, {"hidden_size": None}, {"hidden_size": [32]}, {"vocab_size": 512.5}, {"rms_norm_eps": {}},
+    {"num_attention_heads": True}, {"rope_theta": None}, {"rope_scaling": "x"}, {"rope_scaling": {"rope_type": []}}, {"tie_word_embeddings": "false"},
+    {"rope_parameters": {"rope_theta": None}}, {"model_type": "qwen2", "max_window_layers": []}, {"model_type": "qwen2", "layer_types": [None, None]},
+    {"model_type": "mistral", "sliding_window": "4"}, {"hidden_act": 1}, {"partial_rotary_factor": "1"}, {"head_dim": float("nan")},
+])  # fmt: skip
+def test_odd_config(base, fields):
+    """A config.json whose fields have odd types is refused in one line, which has null as null."""
+    change(base / "config.json", **fields)
+    with pytest.raises(CheckpointError) as error:
+        Config.from_folder(base)
+    assert str(error.value).startswith(f"{base}/config.json: ") and "None" not in str(error.value)
+
+
+def test_null_is_as_good_as_nothing(base):
+    """A byte order mark before config.json, an index or a record is none of it, and null in an optional field leaves the default."""
+    plain = Config.from_folder(base)
+    change(base / "config.json", hidden_act=None, tie_word_embeddings=None, head_dim=None, partial_rotary_factor=None, rope_scaling=None)
+    (base / "config.json").write_text((base / "config.json").read_text(), encoding="utf-8-sig")
+    assert Config.from_folder(base).__dict__ | {"raw": None} == plain.__dict__ | {"raw": None}
+
+
+@pytest.fixture(scope="module")
+def evaluated(work, server):
+    """A finished run and one after it, both asked."""
+    assert train(server, work, *TRAIN, "--out", "odd", "--epochs", 1)[0] == [0]
+    second = ["--stage", 2, "--model", "odd", "--data", "bios", "--num-examples", 2, "--epochs", 1, "--eval-every", 1, "--out", "odd/two"]
+    assert train(server, work, *second)[0] == [0]
+    for folder in ("odd", "odd/two"):
+        run(work, "evaluate.py", folder)
+    run(work, "probe.py", "odd/two", "--no-base")
+    return work / "odd"
+
+
+ODD = {  # file: changes of fields
+    "run.json": [{"data": None}, {"mix": []}, {"lr": None}, {"losses": {"own": None}}, {"losses": None}, {"num_mix": "1"}, {"batch_size": [1]},
+                 {"resumed_from": [None]}, {"device": None}, {"tag": None}, {"familiarity": None}],
+    "eval.json": [{"accuracy": None}, {"data": []}, {"total": "4"}],
+    "predictions.kvr.jsonl": [{"prediction": None}, {"correct": None}, {"response": 1}, {"id": []}],
+    "metrics.jsonl": [{"step": None}, {"accuracy": []}],
+    "probe.kvr.json": [{"floor": None}, {"frequency": None}, {"floor": {"shuffled": None}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ODD)
+def test_odd_records(evaluated, tmp_path, file):
+    """Records whose fields have odd types end the tables in one line that names the file; a byte order mark does no harm."""
+    shutil.copytree(evaluated, tmp_path / "runs", ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "runs/two" / file
+    text, lines = path.read_text(), file.endswith("l")
+    whole = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+
+    def odd(changes):
+        rows = json.loads(json.dumps(whole))
+        row = rows if "probe" in file else rows["kvr"] if file == "eval.json" else next(row for row in rows if changes.keys() & row.keys() and (lines or row["stage"] == 2))
+        row = next(row for row in rows if "accuracy" in row) if file == "metrics.jsonl" else row
+        row |= changes
+        return "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
+
+    for changes in ODD[file]:
+        path.write_text(odd(changes))
+        assert f"two/{file}" in refused(tmp_path, "evaluate.py", "--tables", "runs"), changes
+    path.write_text(text, encoding="utf-8-sig")
+    run(tmp_path, "evaluate.py", "--tables", "runs")
+
+
+@pytest.mark.parametrize("changes", [{"position": None}, {"position": {"step": "1"}}, {"settings": []}, {"files": {"x": None}}, {"files": []}])
+def test_odd_state(interrupted, tmp_path, changes):
+    """The same for the manifest of a state."""
+    state = max(path for path in interrupted.glob("state-*") if path.suffix != ".tmp")
+    shutil.copytree(state, tmp_path / state.name)
+    assert isinstance(load_state(state, read_state(state), read_state(state)["settings"])[0], Position)
+    change(tmp_path / state.name / MANIFEST, **changes)
+    with pytest.raises(ValueError, match=f"{tmp_path}/{state.name}.*: "):
+        read_state(tmp_path / state.name)
