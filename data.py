@@ -51,7 +51,6 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -602,8 +601,8 @@ def read_manifest(flat, remedy="remove it and build the set again"):
     """What the manifest beside a flat file says, nothing where there is none."""
     path = flat.with_suffix(".json")
     manifest = _read_json(path, remedy) if path.exists() else {}
-    numbers = [manifest.get(key, 1) for key in ("seed", "slice", "kept")]
-    if not all(type(number) is int for number in numbers) or not isinstance(manifest.get("sources", {}), dict):
+    numbers = [manifest.get(key, 1) for key in ("slice", "seed", "kept")]
+    if not all(type(number) is int for number in numbers) or numbers[0] < 1 or not isinstance(manifest.get("sources", {}), dict):
         raise DataError(f"{path}: not as data.py writes it; {remedy}")
     return manifest
 
@@ -731,7 +730,9 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", bas
         elif too_short(path, base, n, data, raw, fewer):
             with alone_at(flat_file(base, data)):
                 if too_short(path, base, n, data, raw, fewer):  # still, if another process was at it
-                    build_longer(base, n or 0, data, words, raw, fewer)
+                    known = read_manifest(flat_file(base, data, words))
+                    build(base, data, max(n or 0, SETS[base].size), known.get("seed", 0), words, raw,
+                          size=known.get("slice", SLICE), least=n or 0, fewer=fewer)  # fmt: skip
             lines = _read_lines(path, n) if path.exists() else []
     elif not path.exists():
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
@@ -751,21 +752,11 @@ def too_short(path, base, n, data, raw, fewer=False):
     """
     if not path.exists():
         return SETS[base].kind != "factoid" or not flat_file(base, data).exists()  # an empty second slice has no file
-    manifest, row = path.with_suffix(".json"), SETS[base]
-    if not n or not (row.build or row.streamed) or not manifest.exists() or len(_read_lines(path, n)) >= n:
+    row, known = SETS[base], read_manifest(path)
+    if not n or not (row.build or row.streamed) or not known or len(_read_lines(path, n)) >= n:
         return False
-    known = read_manifest(path)
-    if not fewer or not known.get("ended"):
-        return True
     files = raw_files(base, row, raw) if row.read else []
-    return any(os.path.relpath(file, raw) not in known["sources"] for file in files)
-
-
-def build_longer(name, n, data, words, raw, fewer=False):
-    """Build a set as its manifest says, if there is one, with at least n examples if its source has them; fewer: or can be had."""
-    known = read_manifest(flat_file(name, data, words))
-    seed, size = known.get("seed", 0), known.get("slice", SLICE)
-    build(name, data, max(n, SETS[name].size), seed, words, raw, size=size, least=n, fewer=fewer)
+    return not (fewer and known.get("ended")) or any(os.path.relpath(file, raw) not in known["sources"] for file in files)
 
 
 def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None):
@@ -1010,7 +1001,10 @@ def subjects_of(name, data="data"):
     """{id: subject} of a set that names them, whatever slice or part of it a data name means."""
     stem = Path(name).name.removesuffix(".jsonl").partition(".")[0].removesuffix("-id")
     sidecar = Path(data) / f"{stem}.subjects.json"
-    return _read_json(sidecar, "build the set again") if sidecar.exists() else {}
+    subjects = _read_json(sidecar, "build the set again") if sidecar.exists() else {}
+    if not all(isinstance(subject, (str, type(None))) for subject in subjects.values()):
+        raise DataError(f"{sidecar}: a subject that is no text; build the set again")
+    return subjects
 
 
 def guess_subject(prompt):
@@ -1441,16 +1435,14 @@ def _json_values(name, stream):
         at = end
 
 
-@dataclass
 class Usable:
     """What published files hold."""
 
-    walk: Walk  # over the files
-    examples: list = dataclass_field(default_factory=list)
-    dropped: collections.Counter = dataclass_field(default_factory=collections.Counter)  # {reason: rows}
-    unread: collections.Counter = dataclass_field(default_factory=collections.Counter)  # {a user's field that is not read: rows}
-    bad: int = 0  # malformed rows passed over
-    n_rows: int = 0  # usable or not
+    def __init__(self, walk):
+        self.walk, self.examples, self.n_rows = walk, [], 0  # rows, usable or not
+        self.dropped = collections.Counter()  # {reason: rows}
+        self.unread = collections.Counter()  # {field of a user's rows that is not read: rows}
+        self.bad = 0  # malformed rows passed over
 
 
 def read_usable(name, row, files, n, words, raw, skip_bad):
@@ -1534,10 +1526,10 @@ def check_stated_sha256(path, row):
     beside = path.with_name(path.name + ".sha256")
     if row.streamed or not beside.exists():
         return
-    stated = re.findall(r"\b[0-9a-f]{64}\b", read_file(beside, "remove it").decode(errors="replace").lower())
+    stated = re.findall(rb"\b[0-9a-f]{64}\b", read_file(beside, "remove it").lower())
     if not stated:
         raise DataError(f"{beside}: holds no sha256; remove it, or put that of {path.name} there")
-    if _sha256(path) not in stated:
+    if _sha256(path).encode() not in stated:
         raise DataError(f"{path}: its sha256 is not the one in {beside.name}; remove both and get it again")
 
 
@@ -1764,26 +1756,19 @@ def word_list(raw):
     folder = str(Path(raw) / "nltk_data")
     nltk.data.path.insert(0, folder)
     for attempt in ("installed", "downloaded"):
-        try:
+        with contextlib.suppress(LookupError, zipfile.BadZipFile):
             return sorted(set(nltk.corpus.words.words("en"))), "NLTK words corpus"
-        except (LookupError, zipfile.BadZipFile):
-            if attempt == "installed":
-                _download_nltk_words(folder)
+        if attempt == "installed":
+            before = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(10)  # a machine behind a firewall must not wait for minutes
+            try:
+                nltk.download("words", download_dir=folder, quiet=True, print_error_to=io.StringIO())
+            finally:
+                socket.setdefaulttimeout(before)
     from english_words import get_english_words_set
 
     print("words: the NLTK corpus is neither installed nor to be downloaded; taking web2 from the english-words package", file=sys.stderr)
     return sorted(get_english_words_set(["web2"])), "english-words web2"
-
-
-def _download_nltk_words(folder):
-    import nltk
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # a machine behind a firewall must not wait for minutes
-    try:
-        nltk.download("words", download_dir=folder, quiet=True, print_error_to=io.StringIO())  # word_list says what it took instead
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 # ---------------------------------------------------------------- files and processes
