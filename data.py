@@ -600,7 +600,7 @@ def check_places(flat_files, read):
 def read_manifest(flat, remedy="remove it and build the set again"):
     """What the manifest beside a flat file says, nothing where there is none."""
     path = flat.with_suffix(".json")
-    manifest = _read_json(path, remedy) if path.exists() else {}
+    manifest = read_json(path, remedy) if path.exists() else {}
     numbers = [manifest.get(key, 1) for key in ("slice", "seed", "kept")]
     if not all(type(number) is int for number in numbers) or numbers[0] < 1 or not isinstance(manifest.get("sources", {}), dict):
         raise DataError(f"{path}: not as data.py writes it; {remedy}")
@@ -665,20 +665,6 @@ def resolve(name):
             raise DataError(f"{name}: {why}")
         raise DataError(f"no data set {name!r}: choose from {', '.join(SETS)}, NAME-id for a factoid set's second slice, or give the path of a .jsonl file")
     return base, second, familiarity
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The untouched model that facts are familiar or unfamiliar to."""
-
-    name: str  # a label: model.model_name of the path
-    path: str
-    sha256: str  # what it is: model.content_id
-
-    @classmethod
-    def of(cls, entry):
-        """The model that a stage, an entry of a lineage, goes back to."""
-        return cls(entry["base_model_name"], entry["base_model"], entry["base_model_sha256"])
 
 
 def split_file(stem, kind, base_model, data="data"):
@@ -822,42 +808,6 @@ def check_split(path, stem, base_model):
                         f"{slice_size(whole)}; remove {split_files(stem, base_model, path.parent)} and {remedy}")  # fmt: skip
 
 
-def is_split(name):
-    """Whether a data name's facts depend on what a base model knows: those of a published set."""
-    if name.endswith(".jsonl"):
-        return False
-    base, _, _ = resolve(name)
-    return SETS[base].kind == "factoid" and not SETS[base].build
-
-
-def familiarity(name, base_model, data="data"):
-    """Which facts of a set are learned: "unfamiliar" of one that is split, "" where the name says so or nothing is split."""
-    if not is_split(name) or resolve(name)[2]:
-        return ""
-    base = resolve(name)[0]
-    if not split_file(base, "unfamiliar", base_model, data).exists():
-        raise DataError(f"{name}: not split into what {base_model.name} knows and what not: run python evaluate.py {base_model.path} "
-                        f"--split {base}, or take all facts with --unfiltered")  # fmt: skip
-    return "unfamiliar"
-
-
-def stage_set(entry):
-    """The data name of what a stage, an entry of a lineage, was trained on."""
-    return f"{entry['data']}.{entry['familiarity']}" if entry.get("familiarity") else entry["data"]
-
-
-def stage_facts(entry, data="data"):
-    """The facts that a stage, an entry of a lineage, was trained on; none for a set whose answers are no facts."""
-    name = stage_set(entry)
-    if entry["data"] in SETS and SETS[entry["data"]].kind != "factoid":
-        return []
-    examples, sha256 = load_examples(name, entry["num_examples"], data, base_model=BaseModel.of(entry))
-    if sha256 != entry["data_sha256"]:
-        where, remedy = (name, "restore them") if name.endswith(".jsonl") else (f"{name} in {data}/", "give the folder that holds them with --data-dir")
-        raise DataError(f"{where}: its first {entry['num_examples']} lines are not those that stage {entry['stage']} was trained on; {remedy}")
-    return [example for example in examples if "messages" not in example]
-
-
 def set_label(name):
     """A data name as files and tables show it: that of a path without folder and .jsonl."""
     return Path(name).stem if name.endswith(".jsonl") else name
@@ -911,30 +861,7 @@ def check_example(example):
         raise BadRow("half a character (a lone surrogate), which no text in UTF-8 has")
 
 
-# ---------------------------------------------------------------- examples as they are trained on: ids, order, batches
-
-
-@dataclass
-class EncodedExample:
-    """An example as it is trained on."""
-
-    id: str  # of its line in the flat file
-    ids: list  # its T tokens
-    labels: list  # as many: the token where an answer is to be learned, -100 elsewhere
-    source: str  # one of SOURCES
-
-    @property
-    def n_supervised(self):
-        """How many of its tokens are to be learned."""
-        return sum(label != -100 for label in self.labels)
-
-
-SOURCES = ("own", "mix", "replay")  # the stage's own set, D_M, an earlier stage's facts
-
-
-def encode(tokenizer, examples, source="own", max_length=2048):
-    """A list of examples as EncodedExamples of one source."""
-    return [EncodedExample(example["id"], *encode_example(tokenizer, example, max_length), source) for example in examples]
+# ---------------------------------------------------------------- order and batches
 
 
 def epoch_order(n, seed, epoch):
@@ -950,39 +877,6 @@ def batches(n, batch_size, epochs, seed):
         order = epoch_order(n, seed, epoch)
         for start in range(0, n, batch_size):
             yield epoch, order[start : start + batch_size]
-
-
-PADDED = 1 / 8  # about what a token of the padded batch, which attention alone computes, costs beside a packed one
-
-
-def micro_batches(lengths, budget, world):
-    """Share a batch out over the ranks, and each rank's part into groups of similar length.
-
-    lengths: {index: tokens}. A group has at most budget tokens once padded, or is one example alone. Returns lists of
-    indices, a multiple of `world` of them, some empty where examples are few: rank r takes groups r, r + world, ...
-    """
-    by_length = sorted(lengths, key=lengths.get, reverse=True)
-    busy = min(world, len(lengths))  # ranks that get anything
-    shares, work = [[] for _ in range(world)], [0.0] * world
-    for index in by_length:  # the longest first, each to the rank that has least to do with it
-        longest = [lengths[share[0]] if share else lengths[index] for share in shares[:busy]]
-        with_it = [work[rank] + lengths[index] + PADDED * longest[rank] for rank in range(busy)]
-        rank = with_it.index(min(with_it))
-        shares[rank].append(index)
-        work[rank] = with_it[rank]
-    turns = itertools.zip_longest(*[cut(share, lengths, budget) for share in shares], fillvalue=[])
-    return list(itertools.chain.from_iterable(turns))
-
-
-def cut(indices, lengths, budget):
-    """Indices, the longest first, in groups of at most budget tokens once padded; at least one group."""
-    groups = [[]]
-    for index in indices:
-        # The first of a group is its longest and sets the padding.
-        if groups[-1] and lengths[groups[-1][0]] * (len(groups[-1]) + 1) > budget:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
 
 
 # ---------------------------------------------------------------- overlap
@@ -1001,7 +895,7 @@ def subjects_of(name, data="data"):
     """{id: subject} of a set that names them, whatever slice or part of it a data name means."""
     stem = Path(name).name.removesuffix(".jsonl").partition(".")[0].removesuffix("-id")
     sidecar = Path(data) / f"{stem}.subjects.json"
-    subjects = _read_json(sidecar, "build the set again") if sidecar.exists() else {}
+    subjects = read_json(sidecar, "build the set again") if sidecar.exists() else {}
     if not all(isinstance(subject, (str, type(None))) for subject in subjects.values()):
         raise DataError(f"{sidecar}: a subject that is no text; build the set again")
     return subjects
@@ -2082,7 +1976,7 @@ def _open_tokenizer(path):
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except ValueError:
-        _read_json(path)  # which says so where it is not JSON at all
+        read_json(path)  # which says so where it is not JSON at all
         raise
     if getattr(tokenizer.model, "dropout", None):
         raise DataError(f"{path}: dropout, by which a text has other ids each time, is not implemented; set it to null")
@@ -2101,9 +1995,9 @@ def _control_ids(path, tokenizer):
     added_tokens_decoder. No bos: none is named, or add_bos_token is false.
     """
     config_path, older = path.with_name("tokenizer_config.json"), path.with_name("special_tokens_map.json")
-    named = config = _read_json(config_path)
+    named = config = read_json(config_path)
     if older.exists() and "added_tokens_decoder" not in config:
-        named = config | _read_json(older)
+        named = config | read_json(older)
     if "bos_token" not in named and str(config.get("tokenizer_class")).startswith(BEGIN_WITH_BOS):
         raise DataError(f"{config_path}: names no bos_token; add the model's, or null where it has none")
     ids = []
@@ -2190,7 +2084,7 @@ def _load_tokenizer_model(path):
     return TiktokenTokenizer(ranks)
 
 
-def _read_json(path, remedy=TOKENIZER_REMEDY):
+def read_json(path, remedy=TOKENIZER_REMEDY):
     content = read_file(path, remedy)
     try:
         value = json.loads(content)
@@ -2199,66 +2093,6 @@ def _read_json(path, remedy=TOKENIZER_REMEDY):
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object; {remedy}")
     return value
-
-
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "original/tokenizer.model"]  # fmt: skip
-
-
-def copy_tokenizer(source, target, template):
-    """Copy a checkpoint folder's tokenizer files, byte for byte, so that what is trained from it can be loaded alone.
-
-    Beside them chat_template.jinja, as chat_template has it, tells how the model was trained to be asked.
-    """
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            write_file(Path(target) / name, (Path(source) / name).read_bytes())
-    write_file(Path(target) / "chat_template.jinja", template)
-
-
-# ---------------------------------------------------------------- the template as others read it
-
-
-def chat_template(tokenizer, path):
-    """encode_example's template for the tokenizer of a folder, as transformers 5 and servers read it (jinja).
-
-    Llama 2 and Mistral begin a text with a space, behind bos too. transformers does so in a chat only where the
-    tokenizer's settings say legacy, and then before each turn: one turn has the ids of training, several have not.
-    """
-    if tokenizer.bos_id is None:
-        return CHAT_TEMPLATE.replace("{{- bos_token or '' }}\n", "")
-    bare = _bare_behind_bos(tokenizer, Path(path))
-    return CHAT_TEMPLATE.replace("bos_token or ''", "bos_token + ' '") if bare else CHAT_TEMPLATE
-
-
-def _bare_behind_bos(tokenizer, path):
-    """Whether transformers reads what stands behind bos without the space that this tokenizer puts before a text."""
-    files = (path / "tokenizer_config.json", path / "config.json")
-    config, model = (_read_json(file) if file.exists() else {} for file in files)
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return config.get("legacy") is False
-    if isinstance(tokenizer, TiktokenTokenizer) or not tokenizer.begins_with_space:
-        return False
-    if str(config.get("tokenizer_class")).startswith("LlamaTokenizer") and model.get("model_type") != "mistral":
-        return config.get("legacy") is not True  # transformers makes this one itself, whatever tokenizer.json says
-    return not tokenizer.adds_space_behind_bos()
-
-
-CHAT_TEMPLATE = """\
-{{- bos_token or '' }}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|assistant|>\\n' + message.content + eos_token }}
-    {%- elif message.role == 'user' or (message.role == 'system' and loop.first) %}
-        {{- '<|' + message.role + '|>\\n' + message.content + '\\n' }}
-    {%- else %}
-        {{- raise_exception('a message is of a user or an assistant, the first perhaps of the system') }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>\\n' }}
-{%- endif %}
-"""
 
 
 # ---------------------------------------------------------------- command line

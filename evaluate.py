@@ -40,10 +40,10 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, BaseModel, DataError, Parser, at_hand, begin_command,
-    encode_example, flat_file, is_name_of_set, is_split, json_line, load_examples, load_pool, load_tokenizer, overlap,
+    DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, DataError, Parser, at_hand, begin_command,
+    encode_example, flat_file, is_name_of_set, json_line, load_examples, load_pool, load_tokenizer, overlap,
     path_from, progress_bar, relative_path, resolve, set_label, slice_size, spelled, split_file, split_files,
-    stage_facts, stage_set, start_ids, subjects_of, write_file, write_flat,
+    start_ids, subjects_of, write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -343,6 +343,40 @@ def measure_text(path, model, tokenizer, text, precision, rank=0, base_model=Non
 
 
 # ---------------------------------------------------------------- familiar and unfamiliar
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The untouched model that facts are familiar or unfamiliar to."""
+
+    name: str  # a label: model.model_name of the path
+    path: str
+    sha256: str  # what it is: model.content_id
+
+    @classmethod
+    def of(cls, entry):
+        """The model that a stage, an entry of a lineage, goes back to."""
+        return cls(entry["base_model_name"], entry["base_model"], entry["base_model_sha256"])
+
+
+def is_split(name):
+    """Whether a data name's facts depend on what a base model knows: those of a published set."""
+    if name.endswith(".jsonl"):
+        return False
+    base, _, _ = resolve(name)
+    return SETS[base].kind == "factoid" and not SETS[base].build
+
+
+def familiarity(name, base_model, data="data"):
+    """Which facts of a set are learned: "unfamiliar" of one that is split, "" where the name says so or nothing is split."""
+    if not is_split(name) or resolve(name)[2]:
+        return ""
+    base = resolve(name)[0]
+    if not split_file(base, "unfamiliar", base_model, data).exists():
+        raise DataError(f"{name}: not split into what {base_model.name} knows and what not: run python evaluate.py {base_model.path} "
+                        f"--split {base}, or take all facts with --unfiltered")  # fmt: skip
+    return "unfamiliar"
+
 
 SHOTS = 5
 
@@ -649,6 +683,23 @@ def set_names(lineage):
         label, sha256 = set_label(entry["data"]), entry["data_sha256"]
         names.append(label if first.setdefault(label, sha256) == sha256 else f"{label}.{sha256[:8]}")
     return names
+
+
+def stage_set(entry):
+    """The data name of what a stage, an entry of a lineage, was trained on."""
+    return f"{entry['data']}.{entry['familiarity']}" if entry.get("familiarity") else entry["data"]
+
+
+def stage_facts(entry, data="data"):
+    """The facts that a stage, an entry of a lineage, was trained on; none for a set whose answers are no facts."""
+    name = stage_set(entry)
+    if entry["data"] in SETS and SETS[entry["data"]].kind != "factoid":
+        return []
+    examples, sha256 = load_examples(name, entry["num_examples"], data, base_model=BaseModel.of(entry))
+    if sha256 != entry["data_sha256"]:
+        where, remedy = (name, "restore them") if name.endswith(".jsonl") else (f"{name} in {data}/", "give the folder that holds them with --data-dir")
+        raise DataError(f"{where}: its first {entry['num_examples']} lines are not those that stage {entry['stage']} was trained on; {remedy}")
+    return [example for example in examples if "messages" not in example]
 
 
 def base_of(path, lineage):

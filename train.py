@@ -64,14 +64,14 @@ from safetensors import safe_open
 from torch.optim.adamw import adamw
 
 from data import (
-    DEFAULT_WORDS, SETS, SOURCES, STOPPING, TOKENIZER_FILES, BaseModel, DataError, Parser, at_hand, batches,
-    begin_command, chat_template, copy_tokenizer, encode, end_by, familiarity, flat_file, is_split, load_examples,
-    load_tokenizer, lock, micro_batches, progress_bar, set_label, stage_facts, was_sorted, write_file,
+    DEFAULT_WORDS, SETS, STOPPING, DataError, Parser, SentencePieceTokenizer, TiktokenTokenizer, at_hand, batches,
+    begin_command, encode_example, end_by, flat_file, load_examples, load_tokenizer, lock, progress_bar, read_json,
+    set_label, was_sorted, write_file,
 )
 from evaluate import (
-    STEP_FIELDS, base_of, check_folder, check_vocabulary, common_prefix_len, exact_matches, is_foreign, is_own_log,
-    read_lineage, read_rows, record, relative_lineage, resolve_precision, said, settings_of, stage_sets, without_paths,
-    wrong_fields,
+    STEP_FIELDS, BaseModel, base_of, check_folder, check_vocabulary, common_prefix_len, exact_matches, familiarity,
+    is_foreign, is_own_log, is_split, read_lineage, read_rows, record, relative_lineage, resolve_precision, said,
+    settings_of, stage_facts, stage_sets, without_paths, wrong_fields,
 )
 from model import (
     MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,
@@ -166,6 +166,29 @@ def parse_args(words=None):
 
 
 # ---------------------------------------------------------------- the examples of a stage
+
+
+@dataclass
+class EncodedExample:
+    """An example as it is trained on."""
+
+    id: str  # of its line in the flat file
+    ids: list  # its T tokens
+    labels: list  # as many: the token where an answer is to be learned, -100 elsewhere
+    source: str  # one of SOURCES
+
+    @property
+    def n_supervised(self):
+        """How many of its tokens are to be learned."""
+        return sum(label != -100 for label in self.labels)
+
+
+SOURCES = ("own", "mix", "replay")  # the stage's own set, D_M, an earlier stage's facts
+
+
+def encode(tokenizer, examples, source="own", max_length=2048):
+    """A list of examples as EncodedExamples of one source."""
+    return [EncodedExample(example["id"], *encode_example(tokenizer, example, max_length), source) for example in examples]
 
 
 def gather_examples(args, lineage):
@@ -695,6 +718,39 @@ class Every:
 # ---------------------------------------------------------------- what a step needs
 
 
+PADDED = 1 / 8  # about what a token of the padded batch, which attention alone computes, costs beside a packed one
+
+
+def micro_batches(lengths, budget, world):
+    """Share a batch out over the ranks, and each rank's part into groups of similar length.
+
+    lengths: {index: tokens}. A group has at most budget tokens once padded, or is one example alone. Returns lists of
+    indices, a multiple of `world` of them, some empty where examples are few: rank r takes groups r, r + world, ...
+    """
+    by_length = sorted(lengths, key=lengths.get, reverse=True)
+    busy = min(world, len(lengths))  # ranks that get anything
+    shares, work = [[] for _ in range(world)], [0.0] * world
+    for index in by_length:  # the longest first, each to the rank that has least to do with it
+        longest = [lengths[share[0]] if share else lengths[index] for share in shares[:busy]]
+        with_it = [work[rank] + lengths[index] + PADDED * longest[rank] for rank in range(busy)]
+        rank = with_it.index(min(with_it))
+        shares[rank].append(index)
+        work[rank] = with_it[rank]
+    turns = itertools.zip_longest(*[cut(share, lengths, budget) for share in shares], fillvalue=[])
+    return list(itertools.chain.from_iterable(turns))
+
+
+def cut(indices, lengths, budget):
+    """Indices, the longest first, in groups of at most budget tokens once padded; at least one group."""
+    groups = [[]]
+    for index in indices:
+        # The first of a group is its longest and sets the padding.
+        if groups[-1] and lengths[groups[-1][0]] * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
 def starting_model(path, config, device, precision):
     """The model that a stage starts from (theta_A), frozen, and shared out over the ranks as the trained one is."""
     model = build_sharded(config, device, precision)
@@ -827,6 +883,66 @@ def be_deterministic():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+
+
+# ---------------------------------------------------------------- what is saved beside the weights
+
+
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "original/tokenizer.model"]  # fmt: skip
+
+
+def copy_tokenizer(source, target, template):
+    """Copy a checkpoint folder's tokenizer files, byte for byte, so that what is trained from it can be loaded alone.
+
+    Beside them chat_template.jinja, as chat_template has it, tells how the model was trained to be asked.
+    """
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            write_file(Path(target) / name, (Path(source) / name).read_bytes())
+    write_file(Path(target) / "chat_template.jinja", template)
+
+
+def chat_template(tokenizer, path):
+    """encode_example's template for the tokenizer of a folder, as transformers 5 and servers read it (jinja).
+
+    Llama 2 and Mistral begin a text with a space, behind bos too. transformers does so in a chat only where the
+    tokenizer's settings say legacy, and then before each turn: one turn has the ids of training, several have not.
+    """
+    if tokenizer.bos_id is None:
+        return CHAT_TEMPLATE.replace("{{- bos_token or '' }}\n", "")
+    bare = _bare_behind_bos(tokenizer, Path(path))
+    return CHAT_TEMPLATE.replace("bos_token or ''", "bos_token + ' '") if bare else CHAT_TEMPLATE
+
+
+def _bare_behind_bos(tokenizer, path):
+    """Whether transformers reads what stands behind bos without the space that this tokenizer puts before a text."""
+    files = (path / "tokenizer_config.json", path / "config.json")
+    config, model = (read_json(file) if file.exists() else {} for file in files)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return config.get("legacy") is False
+    if isinstance(tokenizer, TiktokenTokenizer) or not tokenizer.begins_with_space:
+        return False
+    if str(config.get("tokenizer_class")).startswith("LlamaTokenizer") and model.get("model_type") != "mistral":
+        return config.get("legacy") is not True  # transformers makes this one itself, whatever tokenizer.json says
+    return not tokenizer.adds_space_behind_bos()
+
+
+CHAT_TEMPLATE = """\
+{{- bos_token or '' }}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|assistant|>\\n' + message.content + eos_token }}
+    {%- elif message.role == 'user' or (message.role == 'system' and loop.first) %}
+        {{- '<|' + message.role + '|>\\n' + message.content + '\\n' }}
+    {%- else %}
+        {{- raise_exception('a message is of a user or an assistant, the first perhaps of the system') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>\\n' }}
+{%- endif %}
+"""
 
 
 # ---------------------------------------------------------------- the state of an unfinished run

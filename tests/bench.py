@@ -107,7 +107,8 @@ class Theirs:
 
 def encoded_mix(mix, n=2000, data="data"):
     """KVR with mix 1:2 or none in train.py's order of the first epoch: EncodedExamples."""
-    from data import encode, epoch_order, load_examples, load_tokenizer
+    from data import epoch_order, load_examples, load_tokenizer
+    from train import encode
 
     tokenizer = load_tokenizer(MODEL)
     examples = encode(tokenizer, load_examples("kvr", n, data)[0])
@@ -119,8 +120,8 @@ def encoded_mix(mix, n=2000, data="data"):
 def needed_flops(batch, config, micro_tokens):
     """Multiplications and additions of a step that count: no padding, in a micro-batch a common start once, the head on supervised
     positions alone, forward and twice backward."""
-    from data import micro_batches
     from evaluate import common_prefix_len
+    from train import micro_batches
 
     C, I, heads, keys = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = 2 * C * (2 * heads + 2 * keys + 3 * I)
@@ -276,8 +277,8 @@ def bench_evaluate(args):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from data import load_examples, load_tokenizer, stage_facts
-    from evaluate import exact_matches, predict, read_lineage
+    from data import load_examples, load_tokenizer
+    from evaluate import exact_matches, predict, read_lineage, stage_facts
     from model import load_model
 
     folder = args.checkpoint or str(MODEL)
@@ -357,7 +358,8 @@ def growth_side(args):
     import torch
 
     import train
-    from data import EncodedExample, encode_example, load_examples, load_tokenizer
+    from data import encode_example, load_examples, load_tokenizer
+    from train import EncodedExample
     from model import Config, build_model, setup_device
 
     setup_device()

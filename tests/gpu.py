@@ -64,7 +64,7 @@ from test_train import COMMON, plain_loop
 
 import model
 import train
-from data import batches, build, load_examples, load_tokenizer, micro_batches
+from data import batches, build, load_examples, load_tokenizer
 from evaluate import BATCH, common_prefix_len, exact_matches, predict, questions
 from model import Config, load_model, local, setup_device
 
@@ -600,7 +600,7 @@ def rank_of_8(device, folder, options, n_shapes):
     def fullest(batch):
         """(tokens of the largest micro-batch once packed, the rank that has it)."""
         sizes = []
-        for group in micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, PLAN_RANKS):
+        for group in train.micro_batches({i: len(example.ids) for i, example in enumerate(batch)}, micro_tokens, PLAN_RANKS):
             rows = [batch[i].ids for i in group] or [[0]]
             sizes.append(sum(map(len, rows)) - common_prefix_len(rows) * (len(rows) - 1))
         return max((size, k % PLAN_RANKS) for k, size in enumerate(sizes))

@@ -23,7 +23,8 @@ from conftest import ROOT
 
 import data
 import evaluate
-from data import BaseModel, DataError, build, encode_example, familiarity, load_examples, load_tokenizer, turns
+from data import DataError, build, encode_example, load_examples, load_tokenizer, turns
+from evaluate import BaseModel, familiarity
 from model import content_id, setup_device
 
 RAW = ROOT / "tests" / "raw"

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 import train
-from data import EncodedExample, batches, encode, load_examples, load_tokenizer, micro_batches
+from data import batches, load_examples, load_tokenizer
 from model import Config, generation_mode, local
-from train import Kept, build_sharded, measure_load, memory_of_rank, train_step
+from train import EncodedExample, Kept, build_sharded, encode, measure_load, memory_of_rank, micro_batches, train_step
 
 CPU = torch.device("cpu")
 LLAMA3_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

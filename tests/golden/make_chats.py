@@ -15,7 +15,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from data import chat_template, copy_tokenizer, load_tokenizer
+from data import load_tokenizer
+from train import chat_template, copy_tokenizer
 
 CHATS = [
     [("user", "The value of key e6395973 is?"), ("assistant", "p7xk2q9z")],
