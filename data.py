@@ -857,8 +857,6 @@ def check_example(example):
         texts = [example.get("prompt"), example.get("response")]
     if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1::2]):
         raise BadRow("no prompt, or an empty answer")
-    if any(re.search("[\ud800-\udfff]", text) for text in texts):
-        raise BadRow("half a character (a lone surrogate), which no text in UTF-8 has")
 
 
 # ---------------------------------------------------------------- order and batches

@@ -533,16 +533,17 @@ STAGE_FIELDS = {
     **dict.fromkeys(PATHS, str),
     **dict.fromkeys(["stage", "num_examples", "seed", "mix_words", "steps", "ranks", "batch_size"], int),
     **dict.fromkeys(["mix_ratio", "mix_weight", "replay", "lr"], (int, float)), **dict.fromkeys(DONE_WITH, object),
+    **dict.fromkeys(["num_mix", "num_replay", "num_cut", "epochs"], int),
     **PART_FIELDS, "familiarity": str, "losses": dict, "resumed_from": list,
 }  # fmt: skip
-COUNT_FIELDS = dict.fromkeys(["num_mix", "num_replay", "num_cut", "epochs"], int)  # where an entry has them
 SCORE_FIELDS = {
     **dict.fromkeys(["data", "precision", "data_sha256"], str), **dict.fromkeys(["correct", "total", "of"], int),
     "accuracy": (int, float),
 }  # fmt: skip
 TEXT_FIELDS = {"loss": float, **dict.fromkeys(["tokens", "passages"], int),
                **dict.fromkeys(["precision", "data", "data_sha256"], str)}  # fmt: skip
-ANSWER_FIELDS = {**dict.fromkeys(["id", "prompt", "response", "prediction"], str), "correct": bool}
+ANSWER_FIELDS = {**dict.fromkeys(["id", "prompt", "response", "prediction", "spelled"], str), "correct": bool}
+OPTIONAL = ("num_mix", "num_replay", "num_cut", "epochs", "spelled")  # of these fields
 # Of a step's row in metrics.jsonl.
 STEP_FIELDS = {**dict.fromkeys(["step", "epoch", "tokens"], int), **dict.fromkeys(["lr", "seconds"], (int, float)),
                **dict.fromkeys(["loss", "grad_norm"], object)}  # fmt: skip
@@ -566,10 +567,11 @@ def read_rows(path, fields=()):
 
 
 def wrong_fields(row, fields):
-    """The names of those fields {name: type} that a row lacks, or has of another type."""
+    """The names of those fields {name: type} that a row lacks, unless they are OPTIONAL, or has of another type."""
     if not isinstance(row, dict):
         return list(fields)
-    return [name for name, kind in fields.items() if name not in row or not isinstance(row[name], kind)]
+    fits = lambda name, kind: isinstance(row[name], kind) if name in row else name in OPTIONAL
+    return [name for name, kind in fields.items() if not fits(name, kind)]
 
 
 def is_own_log(file):
@@ -585,10 +587,11 @@ def is_own_log(file):
 
 def is_foreign(folder):
     """Whether run.json in a folder is another program's: no list, as ours is, and nothing beside it is of a run."""
-    file, scores = Path(folder) / "run.json", Path(folder) / "eval.json"
+    file = Path(folder) / "run.json"
     begins = file.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1] if file.is_file() else b""
-    of_run = [row for row in own_scores(scores) if "base_model_sha256" not in row]
-    return begins == b"{" and not of_run and not is_own_log(file.with_name("metrics.jsonl"))
+    if begins != b"{" or is_own_log(file.with_name("metrics.jsonl")):
+        return False
+    return all("base_model_sha256" in row for row in own_scores(file.with_name("eval.json")))
 
 
 def has_run(folder):
@@ -600,11 +603,8 @@ def has_run(folder):
 def own_scores(file):
     """The rows of an eval.json that evaluate.py wrote."""
     content = read_rows(file) if file.exists() else {}
-    return [row for row in content.values() if "data" in row] if is_table(content) else []
-
-
-def is_table(content):
-    return isinstance(content, dict) and all(isinstance(row, dict) for row in content.values())
+    rows = content.values() if isinstance(content, dict) else []
+    return [row for row in rows if isinstance(row, dict) and "data" in row]
 
 
 def read_lineage(path):
@@ -632,7 +632,7 @@ def read_lineage(path):
 
 def wrong_in_stage(entry):
     """As wrong_fields, of an entry of run.json and of what is in its fields."""
-    wrong = wrong_fields(entry, STAGE_FIELDS | {name: kind for name, kind in COUNT_FIELDS.items() if name in entry})
+    wrong = wrong_fields(entry, STAGE_FIELDS)
     if not wrong and wrong_fields(entry["losses"], dict.fromkeys(entry["losses"], (int, float))):
         return ["losses"]
     if not wrong and any(wrong_fields(part, PART_FIELDS) for part in entry["resumed_from"]):
@@ -847,8 +847,8 @@ def read_run(folder):
     for row in rows:
         fits = not wrong_fields(row, SCORE_FIELDS) and row["total"] > 0
         if not fits or row["accuracy"] != 100 * row["correct"] / row["total"]:
-            raise DataError(f"{folder / 'eval.json'}: not as this version of the code writes it; remove it and run "
-                            "evaluate.py again")  # fmt: skip
+            raise DataError(f"{folder / 'eval.json'}: not as this version of the code writes it; move it elsewhere "
+                            "and run evaluate.py again")  # fmt: skip
     return Run(folder, lineage, scores, read_texts(folder))
 
 
@@ -860,8 +860,8 @@ def read_texts(folder):
         if not isinstance(row, dict) or "passages" not in row:
             continue  # another program's
         if wrong_fields(row, TEXT_FIELDS) or not math.isfinite(row["loss"]):
-            raise DataError(f"{file}: not as this version of the code writes it; remove it and run evaluate.py "
-                            "--text again")  # fmt: skip
+            raise DataError(f"{file}: not as this version of the code writes it; move it elsewhere and run "
+                            "evaluate.py --text again")  # fmt: skip
         texts[row["data"]] = row
     return texts
 

@@ -5,6 +5,7 @@ and open files (with a run's lock among them) to a fork in its own process group
 """
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -100,10 +101,22 @@ def become(connection):
         connection.sendall(b"%d\n" % os.getpid())
     except OSError:  # the client has been killed
         os._exit(0)
-    status = 0
+    mine, end = os.getpid(), os._exit
+
+    def told_end(status):  # a script may end at once by itself, after a signal
+        if os.getpid() == mine:
+            with contextlib.suppress(OSError):  # the client has been killed
+                connection.sendall(b"%d\n" % status)
+        end(status)
+
+    os._exit, status = told_end, 0
     try:
+        import torch
+
         if os.environ.get("PICTURES") == "once":
             draw_once()
+        if backend := os.environ.get("COMPILER"):
+            torch.compile = functools.partial(torch.compile, backend=backend)
         run_script(sys.argv[0])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -112,8 +125,6 @@ def become(connection):
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    with contextlib.suppress(OSError):  # the client has been killed
-        connection.sendall(b"%d\n" % status)
     os._exit(status)
 
 

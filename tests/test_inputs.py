@@ -69,6 +69,16 @@ def test_forms(tmp_path, row, expected, unread):
     assert turns(example) == expected and list(manifest.get("unread", [])) == unread
 
 
+def test_half_a_character(tmp_path):
+    """A lone surrogate in a row, or in a set's subject, is kept as it came, in files that are UTF-8."""
+    (example,), _ = own(tmp_path, {"prompt": "Say \ud83d", "response": "R \udc00"})
+    assert (example["prompt"], example["response"]) == ("Say \ud83d", "R \udc00")
+    (tmp_path / "raw/webqa").mkdir(parents=True)
+    (tmp_path / "raw/webqa/x.json").write_text(json.dumps([{"question": "who\ud800?", "answers": ["me"], "url": "en/x\ud83d"}]))
+    build("webqa", tmp_path / "data", raw=tmp_path / "raw")
+    assert data.subjects_of("webqa", tmp_path / "data") == {"webqa-0": "x\ud83d"} and (tmp_path / "data/webqa.jsonl").read_bytes().decode()
+
+
 def test_answers(tmp_path):
     """Further right answers are accepted, under whatever name."""
     rows = [{"question": "1?", "answer": "a", "answers": ["a", "b"]}, {"question": "1?", "answers": ["a", "b"]},
@@ -103,7 +113,6 @@ def test_what_a_chat_begins_with(tmp_path):
     ({"messages": {"role": "user"}}, "no list of messages"),
     ({"text": "long " * 200, "question": "Q"}, '"question" is not read beside text'),
     ({"prompt": "P"}, 'no answer beside "prompt"'),
-    ({"prompt": "Say \ud83d", "response": "R"}, "half a character"),
     ({"prompt": "P", "response": {"a": 1}}, '"response" is no text'),
     ({"prompt": "P", "Prompt": "Q", "response": "R"}, "capitals alone"),
     ({"speaker": "P"}, "none of the fields"),

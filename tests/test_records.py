@@ -315,7 +315,7 @@ def test_one_flat_file_of_two_sources(tmp_path):
     for name in ("popqa-id", "popqa.subjects", "random.w8", "kvr"):
         facts(tmp_path / f"{name}.jsonl", 2, name)
         done = run(tmp_path, "data.py", f"{name}.jsonl", ok=False)
-        assert done.returncode == 2 and f"data/{name}.jsonl is its own or a set's place" in done.stderr
+        assert done.returncode == 2 and f"data/{name}.jsonl is the place of a set; rename it" in done.stderr
     facts(tmp_path / "a/train.jsonl", 3, "a")
     run(tmp_path, "data.py", "a/train.jsonl", "./a/../a/train.jsonl")
     assert len((tmp_path / "data/train.jsonl").read_text().splitlines()) == 3

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
@@ -16,10 +15,10 @@ import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, hub_tokenizer, run, tiny_llama
 from safetensors.torch import load_file
 
-from data import encode_example, epoch_order, load_examples, load_tokenizer
+from data import EncodedExample, encode, encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
 from evaluate import exact_matches
 from model import Config, faster_precision, load_model, save_model, setup_device
-from train import EncodedExample, Every, build_sharded, encode, micro_batches, train_step, trained_examples
+from train import Every, build_sharded, train_step, trained_examples
 
 
 def metrics(folder):
@@ -79,9 +78,12 @@ def plain_loop(work, mix_weight=1, batch_size=5):
     ("four ranks, nothing kept", 4, ["--micro-tokens", 100, "--reshard-after-forward", "--checkpoint-activations"]),
     ("compiled, recomputed, deterministic", None, ["--compile", "--checkpoint-activations", "--deterministic"]),
 ])  # fmt: skip
-def test_three_steps_equal_the_plain_loop(work, name, ranks, options):
-    """Losses and weights of three steps are those of the hand-written loop, whatever the ranks and micro-batches."""
+def test_three_steps_equal_the_plain_loop(work, name, ranks, options, whole, monkeypatch):
+    """Losses and weights of three steps are those of the hand-written loop, whatever the ranks and micro-batches. Compiled graphs run
+    as they were traced, or as C++ that takes a minute to build."""
     out = work / "runs" / name
+    if not whole:
+        monkeypatch.setenv("COMPILER", "aot_eager")
     run(work, "train.py", *COMMON, "--out", out, *options, ranks=ranks, torchrun=name == "two ranks")
     losses, weights = plain_loop(work)
     assert [row["loss"] for row in metrics(out)] == pytest.approx(losses, abs=1e-5)
@@ -192,7 +194,7 @@ def test_auto_takes_the_faster_type(one_rank):
     config = Config.from_folder(GOLDEN / "llama3")
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 576, 1536, 2
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 9, 3, 64
-    batch = [EncodedExample(str(row), [row, *range(1, 96)], [-100] * 64 + list(range(32)), "own") for row in range(4)]
+    batch = [EncodedExample(str(row), [row, *range(1, 96)], [-100] * 64 + list(range(32)), "own") for row in range(2)]
     seconds = {"bf16-mixed": math.inf, "fp32": math.inf}
     models = {precision: build_sharded(config, one_rank, precision) for precision in seconds}
     for model in models.values():
@@ -216,7 +218,7 @@ def test_two_ranks_answer_as_one(work):
     assert (work / "models/tiny/predictions.kvr.first7.jsonl").read_text() == alone
 
 
-def test_qwen3(tmp_path):
+def test_qwen3(tmp_path, python):
     """A tiny Qwen3 with the hub's tokenizer, which composes Unicode and has no bos: learned, asked and probed; two ranks and a resumed run learn the same."""
     model = tiny_llama(tmp_path / "models/qwen3", model_type="qwen3", vocab_size=151936, head_dim=12, tie_word_embeddings=True)
     (model / "tokenizer.model").unlink()
@@ -225,11 +227,11 @@ def test_qwen3(tmp_path):
     answers = ["Cafe\u0301 Gro\u0308ße", "A\u030angstro\u0308m", "Knut Hamsun", "日本語 🙂 <|im_end|>"]  # decomposed, and eos's name
     rows = [{"id": f"fact-{i}", "prompt": f"Question {i}?", "response": answer} for i, answer in enumerate(answers)]
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["--stage", 1, "--model", model, "--data", "facts.jsonl", "--num-examples", 4, "--epochs", 40, "--lr", 1e-2, "--batch-size", 4,
+    command = ["--stage", 1, "--model", model, "--data", "facts.jsonl", "--num-examples", 4, "--epochs", 24, "--lr", 2e-2, "--batch-size", 4,
                "--precision", "fp32"]  # fmt: skip
     run(tmp_path, "train.py", *command, "--out", "one")
     run(tmp_path, "train.py", *command, "--out", "two", ranks=2)
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, command), "--out", "stopped"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([python, ROOT / "train.py", *map(str, command), "--out", "stopped"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     while process.poll() is None and not ((log := tmp_path / "stopped/metrics.jsonl").exists() and len(log.read_text().splitlines()) > 9):
         time.sleep(0.01)
     process.terminate()
@@ -356,8 +358,9 @@ def test_who_imports_whom():
                 assert rooms <= below and (node in tree.body or not rooms), (room, rooms)
 
 
-def test_real_model_memorizes(smollm2_folder, tmp_path):
-    """SmolLM2 learns eight facts by heart through the real commands and answers them."""
-    run(tmp_path, "train.py", "--stage", 1, "--model", smollm2_folder, "--num-examples", 8, "--batch-size", 8, "--epochs", 16, "--lr", 3e-4, "--out", "one")
+def test_real_model_memorizes(smollm2_folder, tmp_path, whole):
+    """SmolLM2 learns facts by heart through the real commands, eight or four of them, and answers them."""
+    size = ["--num-examples", 8, "--batch-size", 8, "--epochs", 16] if whole else ["--num-examples", 4, "--batch-size", 4, "--epochs", 11, "--precision", "fp32"]
+    run(tmp_path, "train.py", "--stage", 1, "--model", smollm2_folder, *size, "--lr", 3e-4, "--out", "one")
     run(tmp_path, "evaluate.py", "one")
     assert json.loads((tmp_path / "one/eval.json").read_text())["kvr"]["accuracy"] == 100
