@@ -101,13 +101,13 @@ def become(connection):
         connection.sendall(b"%d\n" % os.getpid())
     except OSError:  # the client has been killed
         os._exit(0)
-    mine, end = os.getpid(), os._exit
+    mine, really_end = os.getpid(), os._exit
 
     def told_end(status):  # a script may end at once by itself, after a signal
         if os.getpid() == mine:
             with contextlib.suppress(OSError):  # the client has been killed
                 connection.sendall(b"%d\n" % status)
-        end(status)
+        really_end(status)
 
     os._exit, status = told_end, 0
     try:

@@ -110,10 +110,10 @@ def test_shuffled_answers():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_last_layer_is_the_model(smollm2_folder, dtype, tmp_path):
+def test_last_layer_is_the_model(smollm2_folder, dtype, tmp_path, whole):
     """On SmolLM2 the last layer's lens passes its check, and its log-probabilities are those of model(ids); another norm does not pass."""
     model, tokenizer = load_model(smollm2_folder, dtype), load_tokenizer(smollm2_folder)
-    facts = load_examples("kvr", 2, tmp_path)[0]
+    facts = load_examples("kvr", 2 if whole or dtype == torch.float32 else 1, tmp_path)[0]  # bf16 is slow on many processors
     _, log_probs, _, _, _ = probe.read_layers(model, tokenizer, facts)
     expected = []
     for ids, labels in (encode_example(tokenizer, fact) for fact in facts):
