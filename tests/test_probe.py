@@ -12,9 +12,10 @@ from conftest import GOLDEN, run, tiny_llama
 from safetensors.torch import load_file
 
 import probe
-from data import DataError, encode, encode_example, load_examples, load_tokenizer
+from data import DataError, encode_example, load_examples, load_tokenizer
 from evaluate import exact_matches, is_correct, predict, questions, read_lineage
 from model import CheckpointError, Config, Transformer, load_model, setup_device
+from train import encode
 
 
 def read(file):

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, hub_tokenizer, run, tiny_llama
 from safetensors.torch import load_file
 
-from data import EncodedExample, encode, encode_example, epoch_order, load_examples, load_tokenizer, micro_batches
+from data import encode_example, epoch_order, load_examples, load_tokenizer
 from evaluate import exact_matches
 from model import Config, faster_precision, load_model, save_model, setup_device
-from train import Every, build_sharded, train_step, trained_examples
+from train import EncodedExample, Every, build_sharded, encode, micro_batches, train_step, trained_examples
 
 
 def metrics(folder):
