@@ -788,8 +788,9 @@ def test_without_locks(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("fields", [
     {"model_type": None}, {"model_type": ["llama"]}, {"hidden_size": None}, {"hidden_size": [32]},
-    {"vocab_size": 512.5}, {"rms_norm_eps": {}}, {"num_attention_heads": True}, {"rope_theta": None}, {"rope_scaling": "x"},
-    {"rope_scaling": {"rope_type": []}}, {"rope_parameters": {"rope_theta": None}}, {"tie_word_embeddings": "false"},
+    {"vocab_size": 512.5}, {"rms_norm_eps": {}}, {"num_attention_heads": True}, {"rope_theta": None},
+    {"rope_scaling": "x"}, {"rope_scaling": {"rope_type": []}}, {"rope_parameters": {"rope_theta": None}},
+    {"tie_word_embeddings": "false"},
     {"model_type": "qwen2", "max_window_layers": []}, {"model_type": "qwen2", "layer_types": [None, None]},
     {"model_type": "mistral", "sliding_window": "4"}, {"hidden_act": 1}, {"partial_rotary_factor": "1"},
     {"head_dim": float("nan")},
