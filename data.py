@@ -33,6 +33,7 @@ import glob
 import gzip
 import hashlib
 import http.client
+import importlib
 import io
 import itertools
 import json
@@ -569,7 +570,7 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
     slices = {path: examples}
     if row.kind == "factoid" and row.read:
         # The set itself last: where it is, its second slice is too.
-        slices = {flat_file(f"{name}-id", out): second_slice(examples, size), path: first_slice(examples, size)}
+        slices = {flat_file(f"{name}-id", out): slice_of(examples, size, True), path: slice_of(examples, size, False)}
         manifest["slice"] = size
         subjects = {example["id"]: example.pop("subject") for example in examples}
         write_file(path.with_suffix(".subjects.json"), json.dumps(subjects, indent=0, ensure_ascii=False) + "\n")
@@ -627,14 +628,9 @@ def own_flat_file(name, out):
     return path
 
 
-def first_slice(examples, size):
-    """What a published factoid set is to training: all but its second slice."""
-    return examples[:size] + examples[2 * size :]
-
-
-def second_slice(examples, size):
-    """NAME-id: unseen facts of the same set."""
-    return examples[size : 2 * size]
+def slice_of(examples, size, second):
+    """What a published factoid set is to training: all but its second slice; second: NAME-id, unseen facts of the same set."""
+    return examples[size : 2 * size] if second else examples[:size] + examples[2 * size :]
 
 
 def slice_size(path):
@@ -712,7 +708,7 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", bas
         if familiarity:
             check_split(path, base, base_model)
             lines = _read_lines(path, None)
-            lines = (second_slice if second else first_slice)(lines, slice_size(path))[:n]
+            lines = slice_of(lines, slice_size(path), second)[:n]
         elif too_short(path, base, n, data, raw, fewer):
             with alone_at(flat_file(base, data)):
                 if too_short(path, base, n, data, raw, fewer):  # still, if another process was at it
@@ -764,7 +760,7 @@ def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=Non
             raise DataError(f"{split}: made by asking other facts than {path} now holds; remove "
                             f"{split_files(base, base_model, data)} to ask these")  # fmt: skip
         lines = _read_lines(split, None)
-        return len((second_slice if second else first_slice)(lines, slice_size(split))[:n])
+        return len(slice_of(lines, slice_size(split), second)[:n])
     if row.build and not row.ends:
         return n
     if too_short(path, base, n, data, raw, fewer=True):
@@ -1059,17 +1055,11 @@ def own_file(files, words):
 # ---------------------------------------------------------------- published files
 
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
-          ".zst": lambda path: _arrow().input_stream(str(path), compression="zstd")}  # fmt: skip
+          ".zst": lambda path: importlib.import_module("pyarrow").input_stream(str(path), compression="zstd")}  # fmt: skip
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 UNPACKED_LIMIT = 20 * 10**9  # bytes that one compressed file may hold; TriviaQA's largest has some 3e9
 LINE_LIMIT = 64 * 2**20  # bytes of one line or JSON value
 NO_DATA = re.compile(r"(^|/)(\..*|dataset_infos?\.json|dataset_dict\.json|state\.json|README\.md|.*\.(part|part\.json|sha256|tmp))$")
-
-
-def _arrow():
-    import pyarrow
-
-    return pyarrow
 
 
 @contextlib.contextmanager
@@ -1164,14 +1154,14 @@ class Walk:
     def _takes(self, name, path):
         """Whether a file is the set's and the first of its identity; a DataError where those before it are the set in another form."""
         key = identity(self.row, name)
+        if key is None or key in self.places:
+            self.copies += [path] if key else []
+            return False
         first = next(iter(self.places), key)
-        if key in self.places:
-            self.copies.append(path)
-        elif key is not None and form(self.row, first) != form(self.row, key):
+        if form(self.row, first) != form(self.row, key):
             raise DataError(f"{path}: the set once more, as {self.places[first]} is; keep one of the two there")
-        new = key is not None and key not in self.places
-        self.places |= {key: path} if new else {}
-        return new
+        self.places[key] = path
+        return True
 
 
 def _members(path):
