@@ -290,9 +290,9 @@ def test_recover_command(work):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["nowhere"], "nowhere/config.json"),
+    (["nowhere"], "nowhere: no such folder"),
     (["one", "--gradients", "--transplant", "one"], "--transplant"),
-    (["one/two", "--transplant", "nowhere"], "nowhere/config.json"),
+    (["one/two", "--transplant", "nowhere"], "nowhere: no such folder"),
     (["one", "--batches", "0"], "--batches"),
     (["one", "--mix", "random"], "--mix"),
 ])  # fmt: skip
