@@ -615,7 +615,7 @@ def is_name_of_set(stem):
 
 def own_flat_file(name, out):
     """The place of a user's own file among the flat files; a DataError where it is another's, or the file itself."""
-    if not Path(name).is_file():
+    if not Path(name).exists() or Path(name).is_dir():
         raise DataError(f"{name}: {'a folder, no file' if Path(name).exists() else 'no such file'}; give the path of one that exists")
     path = Path(out) / f"{OWN_FILE.match(Path(name).name)[1]}.jsonl"
     if is_name_of_set(path.stem):
@@ -848,11 +848,14 @@ def check_example(example):
             raise BadRow('"messages" is not a list of pairs of messages')
         if [message.get("role") for message in messages] != ["user", "assistant"] * (len(messages) // 2):
             raise BadRow("messages do not alternate between user and assistant")
-        texts = [message.get("content") for message in messages]
+        said = [message.get("content") for message in messages]
     else:
-        texts = [example.get("prompt"), example.get("response")]
-    if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1::2]):
+        said = [example.get("prompt"), example.get("response")]
+    if not all(isinstance(text, str) for text in said) or not all(text.strip() for text in said[1::2]):
         raise BadRow("no prompt, or an empty answer")
+    aliases = example.get("aliases", [])
+    if not isinstance(aliases, list) or not all(isinstance(text, str) for text in aliases):
+        raise BadRow('"aliases" is not a list of texts')
 
 
 # ---------------------------------------------------------------- order and batches
@@ -1991,7 +1994,7 @@ def _control_ids(path, tokenizer):
     ids = []
     for key in ("bos_token", "eos_token"):
         token = named.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = token.get("content", token) if isinstance(token, dict) else token
         if key == "bos_token" and (token is None or config.get("add_bos_token") is False):
             ids.append(None)
             continue

@@ -637,6 +637,12 @@ def wrong_in_stage(entry):
         return ["losses"]
     if not wrong and any(wrong_fields(part, PART_FIELDS) for part in entry["resumed_from"]):
         return ["resumed_from"]
+    try:
+        for name in (entry["data"], entry["mix"]) if not wrong else ():
+            if name != "none" and not name.endswith(".jsonl"):
+                resolve(name)
+    except DataError:
+        return ["data", "mix"]
     return wrong
 
 
@@ -1665,9 +1671,10 @@ def tables(folder):
         lines += ["", "Small: the paper's own figure; its averages are means of its printed cells. "
                   f"Printed averages that are not: {'; '.join(wrong)}."]  # fmt: skip
     text = "\n".join([*lines[1:], "", done_with(runs), *[f"\n{line}" for line in compared]]) + "\n"
+    facts, cells = list(ledger(runs, starts, folder)), list(places(runs, folder))  # before anything is written: they read on
     write_file(folder / "TABLES.md", text)
-    write_lines(folder / "cells.jsonl", places(runs, folder))
-    write_lines(folder / "facts.jsonl", ledger(runs, starts, folder))
+    write_lines(folder / "cells.jsonl", cells)
+    write_lines(folder / "facts.jsonl", facts)
     return text
 
 
@@ -2072,6 +2079,19 @@ LENS_FIELDS = {"frequency": list, "first_share": list, "accuracy": (int, float),
 LENS_FIGURES = {"kvr": "figure11", "triviaqa": "figure12"}  # beside figure 4, which has them all
 
 
+def wrong_in_lens(result):
+    """As wrong_fields, of a probe.NAME.json and of what its floor holds."""
+    if wrong := wrong_fields(result, LENS_FIELDS):
+        return wrong
+    base, shuffled = result["floor"].get("base_model", result), result["floor"].get("shuffled")
+    drawn = {name: LENS_FIELDS[name] for name in ("frequency", "first_share", "accuracy")}
+    if wrong_fields(base, drawn) or wrong_fields(shuffled, {"frequency": list}):
+        return ["floor"]
+    shares = [result["frequency"], result["first_share"], base["frequency"], base["first_share"], shuffled["frequency"]]
+    numbers = all(isinstance(share, (int, float)) for share in itertools.chain(*shares))
+    return [] if numbers else ["frequency", "first_share"]
+
+
 def lens_figures(grid, folder):
     """Draw figures 4, 11 and 12 from what probe.py left of chains; returns the files' names."""
     drawn, lens = [], {}  # lens: D_A -> results
@@ -2079,7 +2099,7 @@ def lens_figures(grid, folder):
         run, a = cell[min(cell)], stages[0].data
         if len(stages) > 1 and (file := run.folder / f"probe.{a}.json").exists():
             result = read_rows(file)
-            if wrong := wrong_fields(result, LENS_FIELDS) or wrong_fields(result["floor"], {"shuffled": dict}):
+            if wrong := wrong_in_lens(result):
                 raise DataError(f"{file}: has not what probe.py writes as {', '.join(wrong)}; run probe.py again")
             lens.setdefault(a, []).append((a, f"{label_of(stages)}, after {stages[-1].data}", result))
     of_lens = {"figure4": list(itertools.chain(*lens.values()))}  # figure 4 has all sets, the others one each

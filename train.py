@@ -37,6 +37,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while imports take their seconds, Ctrl-C has nothing to save
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -427,7 +428,7 @@ def main(penalty=None):
     reference = functools.cache(functools.partial(starting_model, args.model, config, device, args.precision))
     with raise_on_all_ranks():
         if rank == 0:
-            rewind(log, position.log_bytes)
+            rewind(log, position)
     order = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
     total = len(order)
     announce(say, args, entry, examples, total, f"{world} x {device.type}{said_of(kept, world)} -> {out}")
@@ -982,7 +983,17 @@ def claim(out, resume):
         raise DataError(f"{out}: holds an unfinished run; go on with --resume, or remove it")
     for old in [out / "eval.json", *out.glob("predictions.*.jsonl"), *out.glob("text.*.json")]:
         old.unlink(missing_ok=True)
+    atexit.register(leave_no_empty, log)
     return log, states[-1] if states else None
+
+
+def leave_no_empty(log):
+    """Remove the log of a run that was refused before its first step, and its folder if nothing else is there."""
+    path = Path(log.name)
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == 0:
+            path.unlink()
+            path.parent.rmdir()
 
 
 # All that a run writes or removes in its folder, beside its log.
@@ -1047,9 +1058,11 @@ def save_state(out, log, model, optimizer, position, settings):
 def read_state(state):
     """The manifest of a state whose files are whole."""
     manifest = verify(state, f"restore it, or remove {state.parent} to begin again")
-    position = {**dict.fromkeys(["step", "updates", "hits", "log_bytes"], int), "made_with": list}
-    fits = not wrong_fields(manifest.get("position"), position) and isinstance(manifest.get("settings"), dict)
-    if not fits or "precision" not in manifest["settings"]:
+    kinds = {**dict.fromkeys(["step", "updates", "hits", "log_bytes"], int), "made_with": list,
+             "loss": (float, int, type(None))}  # fmt: skip
+    position, settings = manifest.get("position"), manifest.get("settings")
+    fits = not wrong_fields(position, kinds) and position.keys() == kinds.keys() and position["step"] == int(state.name[6:])
+    if not fits or not isinstance(settings, dict) or settings.get("precision") not in PRECISIONS:
         raise DataError(f"{state}: of an earlier version of this code; go on with that, or remove {state.parent}")
     return manifest
 
@@ -1087,12 +1100,20 @@ def synced_size(log):
         return log.tell()
 
 
-def rewind(log, size):
-    """Cut the log to the bytes it had when the state was saved, so that no step stands in it twice or is missing."""
-    if os.path.getsize(log.name) < size:
-        raise DataError(f"{log.name}: shorter than when the state beside it was saved; restore it, or remove "
-                        f"{Path(log.name).parent} to begin again")  # fmt: skip
-    log.truncate(size)
+def rewind(log, position):
+    """Cut the log to what it was when the state was saved: a DataError unless each step so far stands in it once."""
+    kept = Path(log.name).read_bytes()[: position.log_bytes]
+    with contextlib.suppress(ValueError, RecursionError):
+        rows = [json.loads(line) for line in kept.decode().splitlines()]
+        steps = [row for row in rows if "loss" in row] if all(isinstance(row, dict) for row in rows) else [{}]
+        counted = [row.get("step") for row in steps], sum(row.get("loss") is not None for row in steps)
+        whole = len(kept) == position.log_bytes and kept[-1:] in (b"", b"\n")
+        fit = counted == (list(range(1, position.step + 1)), position.updates)
+        if whole and fit and not any(wrong_fields(row, STEP_FIELDS) for row in steps):
+            log.truncate(position.log_bytes)
+            return
+    raise DataError(f"{log.name}: not the log of the state beside it, of steps 1 to {position.step}; restore it, or remove "
+                    f"{Path(log.name).parent} to begin again")  # fmt: skip
 
 
 # ---------------------------------------------------------------- what a run would take
