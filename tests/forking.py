@@ -62,15 +62,17 @@ def run_script(path):
     exec(code, module.__dict__)
 
 
-def draw_once():
-    """A picture that is there is not drawn again: for tests that are about something else, and end several times with the same pictures."""
+def draw_less(how):
+    """For tests that are about something else: "once" draws no picture again that is there, "none" leaves empty files."""
     from matplotlib.figure import Figure
 
     draw = Figure.savefig
 
     def savefig(figure, temporary, **options):
         path = temporary.with_name(temporary.name.partition(".png")[0] + ".png")
-        if path.exists():
+        if how == "none":
+            temporary.write_bytes(b"")
+        elif path.exists():
             shutil.copyfile(path, temporary)
         else:
             draw(figure, temporary, **options)
@@ -113,8 +115,8 @@ def become(connection):
     try:
         import torch
 
-        if os.environ.get("PICTURES") == "once":
-            draw_once()
+        if how := os.environ.get("PICTURES"):
+            draw_less(how)
         if backend := os.environ.get("COMPILER"):
             torch.compile = functools.partial(torch.compile, backend=backend)
         run_script(sys.argv[0])

@@ -61,7 +61,7 @@ def sharded_golden(name, kept):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama32", "qwen2", "qwen3"])  # with a head of its own, tied, tied, with one
+@pytest.mark.parametrize("name", ["llama3", "llama32", pytest.param("qwen2", marks=pytest.mark.long), pytest.param("qwen3", marks=pytest.mark.long)])  # head: own, tied, tied, own
 @pytest.mark.parametrize("passes", [1, 3])  # micro-batches of a rank
 @pytest.mark.parametrize("kept", [Kept(), Kept(gradients=False), Kept(weights=False), Kept(False, False, False)])
 def test_collectives_of_a_step(name, passes, kept):
