@@ -165,8 +165,8 @@ def test_killed_at_any_moment(work, server, unbroken, request):
         "in a state's save": lambda out, step: logged(out) >= step and any(out.glob("state-*.tmp")),
         "in the last save": lambda out, step: any(out.glob("model.safetensors*")),
     }
-    for n in range(51 if request.config.getoption("--long") else 9):
-        ranks, (name, moment) = 2 if n % 3 == 0 else 1, list(moments.items())[n // 3 % 3]
+    for n in range(51 if request.config.getoption("--long") else 6):
+        ranks, (name, moment) = 2 - n % 2, list(moments.items())[n // 2 % 3]
         out, step = killed_in(moment, chance, server, work, ranks, f"killed-{n}")
         done = (out / "run.json").exists()
         statuses, output = train(server, work, *TRAIN, "--out", out, "--resume", ranks=ranks)
@@ -296,7 +296,7 @@ def test_saved_by_the_clock(work, server, unbroken):
     assert outcome(out) == unbroken[2]
 
 
-@pytest.mark.parametrize("penalty", ["l2", "kl"])
+@pytest.mark.parametrize("penalty", [pytest.param("l2", marks=pytest.mark.long), "kl"])
 def test_penalty_after_a_kill(work, server, unbroken, penalty):
     """A penalty to the weights that the stage started from, added from outside, means the same weights after kill -9 and --resume."""
     outcomes = {}
