@@ -221,8 +221,6 @@ def attempt(make, row, words):
         return example
     except (BadRow, LeftOut) as outcome:
         return outcome
-    except UnicodeDecodeError:
-        return BadRow("not UTF-8")
     except Exception as error:
         return BadRow(f"a field is missing or of another type than such rows have ({error!r})")
 
@@ -405,7 +403,7 @@ def pair(prompt, response, row, words):
     r"""{"problem": "What is 1 + 1?", "solution": "It is $\boxed{2}$."}: prompt and response as they stand, behind the
     prompt an "input", if any"""
     check_verdict(row)
-    check_unread(row, {prompt, "input", response, *VERDICTS})
+    check_unread(row, [prompt, "input"], [response])
     asked = [field(row, name) for name in (prompt, "input") if name == prompt or row.get(name)]
     return {"prompt": "\n\n".join(asked), "response": field(row, response)}
 
@@ -427,20 +425,24 @@ def chat(messages):
     for i, message in enumerate(messages):
         if isinstance(message, str):
             message = {"role": ("user", "assistant")[i % 2], "content": message}
+        if not isinstance(message, dict):
+            raise BadRow("a message that is no object of role and content")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"a message of role {role!r}; those of user and assistant are read, and of system in front")
         if isinstance(content, list):
             for part in content:
-                if part.get("type", "text") != "text":
-                    raise BadRow(f"a message with a part of type {part['type']!r}; only text is read")
-            content = "".join(field(part, "text") for part in content)
+                if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+                    raise BadRow(f"a message with a part that is no text: {part!r:.60}")
+            content = "".join(part["text"] for part in content)
+        if ROLES[role] == "system" and content == "":
+            continue
         if message.get("weight") not in (1, None):
             raise BadRow("a message of weight 0: every answer of a chat is learned here")
-        unread |= check_unread(message, {"role", "from", "content", "value", "weight"})
+        unread |= check_unread(message, ["content", "value"], ["role", "from", "weight"])
         said.append({"role": ROLES[role], "content": content})
     unanswered = bool(said) and said[-1]["role"] == "user"
-    if unanswered and len(said) < 3:
+    if not any(message["role"] == "assistant" for message in said):
         raise LeftOut("no answer to the first turn")
     return {"messages": said[:-1] if unanswered else said, "unanswered": unanswered, "unread": unread}
 
@@ -540,7 +542,8 @@ SETS = {
     "pydoc": Set("mixing", "the language reference inside every CPython", 21, 4000, tokens_a_word=2.9, build=build_pydoc, ends=True),
 }  # fmt: skip
 OWN = Set("own", "the user's own file", 0, sys.maxsize, read=lambda *given: own_file(*given))  # noqa: PLW0108 (it is defined below)
-OWN_FILE = re.compile(r"(.+)\.(jsonl|ndjson|json|tsv|csv|parquet|txt)(\.gz|\.bz2|\.xz|\.zst)?$", re.IGNORECASE)
+OWN_KINDS = "jsonl, ndjson, json, tsv, csv, parquet, txt"
+OWN_FILE = re.compile(rf"(.+)\.({OWN_KINDS.replace(', ', '|')})(\.gz|\.bz2|\.xz|\.zst)?$", re.IGNORECASE)
 DEFAULT_WORDS = 50
 SLICE = 2000  # examples of a published factoid set that are NAME-id's, unless told otherwise: the second 2,000
 
@@ -563,10 +566,12 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
         (examples, manifest), read = row.build(n, seed, words, raw), []
     else:
         examples, manifest, read = read_published(name, row, n, seed, words, raw, skip_bad, least, fewer)
-    check_places([path, flat_file(f"{name}-id", out)] if row.kind == "factoid" and row.read else [path], read)
-    if row is OWN:
+    if row is not OWN:
+        check_places([path, flat_file(f"{name}-id", out)] if row.kind == "factoid" and row.read else [path], read)
+    else:
         manifest["sources"] = {relative_path(name, out): source for source in manifest["sources"].values()}
-    examples = [{"id": f"{path.stem.partition('.')[0]}-{i}"} | example for i, example in enumerate(examples[:n])]
+    label = path.stem if row is OWN else path.stem.partition(".")[0]
+    examples = [{"id": f"{label}-{i}"} | example for i, example in enumerate(examples[:n])]
     slices = {path: examples}
     if row.kind == "factoid" and row.read:
         # The set itself last: where it is, its second slice is too.
@@ -575,7 +580,7 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
         subjects = {example["id"]: example.pop("subject") for example in examples}
         write_file(path.with_suffix(".subjects.json"), json.dumps(subjects, indent=0, ensure_ascii=False) + "\n")
     for path, part in slices.items():
-        facts = {"name": path.stem.partition(".")[0], "seed": seed, "kept": len(part), "dropped": {}} | manifest
+        facts = {"name": path.stem if row is OWN else path.stem.partition(".")[0], "seed": seed, "kept": len(part), "dropped": {}} | manifest
         if row.kind in ("mixing", "own"):
             facts["words"] = words
         write_flat(path, part, facts)
@@ -584,15 +589,15 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
 
 def is_own(name):
     """Whether a data name is that of a user's own file to build a set from."""
-    return name not in SETS and OWN_FILE.match(name) is not None
+    return name not in SETS and OWN_FILE.match(Path(name).name) is not None
 
 
 def check_places(flat_files, read):
     """A DataError where building a set would write over a file that is read, or one that was not written here."""
     for flat in flat_files:
-        there = [place for place in (flat.with_suffix(".json"), flat, flat.with_suffix(".subjects.json")) if place.exists()]
-        for place, source in itertools.product(there, read):
-            if os.path.samefile(place, source):
+        there = [place for place in (flat.with_suffix(".json"), flat) if place.exists()]
+        for place, source in itertools.product([*there, flat.with_suffix(".subjects.json")], read):
+            if place.exists() and os.path.samefile(place, source):
                 raise DataError(f"{source}: {place} is where the set would be written; rename the file, or give another --out")
         if there and not {"name", "kept"} <= read_manifest(flat, "rename it, or give another --out").keys():
             raise DataError(f"{there[0]}: not written by data.py, which would replace it; rename it, or give another --out")
@@ -645,7 +650,7 @@ def write_flat(path, examples, manifest):
         path.with_suffix(".json").unlink(missing_ok=True)
         return
     write_file(path.with_suffix(".json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    lines = ({key: value for key, value in example.items() if key != "aliases" or value} for example in examples)
+    lines = ({key: value for key, value in example.items() if value or key not in ("aliases", "subject")} for example in examples)
     write_file(path, "".join(map(json_line, lines)))
 
 
@@ -656,9 +661,11 @@ def resolve(name):
     base = stem.removesuffix("-id") if second else stem
     splits = ("", "familiar", "unfamiliar") if base in SETS and SETS[base].kind == "factoid" else ("",)
     if base not in SETS or familiarity not in splits or second and (SETS[base].kind != "factoid" or SETS[base].build):
-        if os.path.exists(name) or OWN_FILE.match(name) or re.search(r"[/\\\\]", name):
-            why = "not a .jsonl file; build one of it with python data.py" if os.path.exists(name) else "no such file or set"
-            raise DataError(f"{name}: {why}")
+        if os.path.exists(name):
+            read = "not a .jsonl file; build one of it with python data.py" if is_own(name) else f"no file of a kind that is read: {OWN_KINDS}"
+            raise DataError(f"{name}: {read}")
+        if is_own(name) or re.search(r"[/\\\\]", name):
+            raise DataError(f"{name}: no such file or set")
         raise DataError(f"no data set {name!r}: choose from {', '.join(SETS)}, NAME-id for a factoid set's second slice, or give the path of a .jsonl file")
     return base, second, familiarity
 
@@ -824,7 +831,7 @@ def _read_example(path, number, line):
     try:
         try:
             example = json.loads(line.decode("utf-8-sig"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow("not a JSON object in UTF-8") from None
         if not isinstance(example, dict) or not isinstance(example.get("id"), str):
             raise BadRow('not an object with an "id" of type string')
@@ -839,15 +846,13 @@ def check_example(example):
     if "messages" in example:
         messages = example["messages"]
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise BadRow('"messages" is not a list of pairs of messages')
+            raise BadRow('"messages" is not a list of messages')
         if messages and messages[0].get("role") == "system":
             if not isinstance(messages[0].get("content"), str):
                 raise BadRow("the system's message has no text")
             messages = messages[1:]
-        if not messages or len(messages) % 2:
-            raise BadRow('"messages" is not a list of pairs of messages')
-        if [message.get("role") for message in messages] != ["user", "assistant"] * (len(messages) // 2):
-            raise BadRow("messages do not alternate between user and assistant")
+        if not messages or [message.get("role") for message in messages] != ["user", "assistant"] * (len(messages) // 2):
+            raise BadRow("messages are not pairs that alternate between user and assistant, behind one of the system at most")
         said = [message.get("content") for message in messages]
     else:
         said = [example.get("prompt"), example.get("response")]
@@ -972,61 +977,75 @@ def own(row, words):
         raise BadRow("two fields whose names differ in capitals alone")
     row = {name: value for name, value in zip(names, row.values()) if value not in ("", [], {}) or name in DOCUMENTS}
     asked, answered, chats, documents = ([name for name in form if name in row] for form in (ASKED, ANSWERED, CHATS, DOCUMENTS))
-    told = next((name for name in ("system", "system_prompt") if name in row), None)
+    told = [name for name in ("system", "system_prompt") if name in row][:1]
     if asked and answered:
-        example, read = _own_pair(row, asked, answered)
+        others = [name for name in ("aliases", *answered[1:]) if name in row and (name == "aliases" or answered[0] == "answer")]
+        unread = check_unread(row, [asked[0], "context", "input", *told, "history"], [answered[0], *others])
+        example = _own_pair(row, asked, answered[0], others)
         if told or "history" in row:
-            earlier = [text for turn in row.get("history", []) for text in texts({"history": turn}, "history")]
-            example, read = chat([*earlier, example["prompt"], example["response"]]), read - {"aliases"} | {"history"}
+            unread |= {"aliases"} if example["aliases"] else set()
+            example = chat([*_history(row), example["prompt"], example["response"]])
     elif chats:
-        example, read = chat(row[chats[0]]), {chats[0]}
+        unread = check_unread(row, [*told, chats[0]])
+        example = chat(row[chats[0]])
     elif documents:
-        return generic(row, words) | {"unread": check_unread(row, documents[:1])}
+        unread = check_unread(row, documents[:1])
+        return generic(row, words) | {"unread": unread}
     else:
-        of = f'no answer beside "{asked[0]}"' if asked else f"none of the fields {', '.join(ASKED + CHATS + DOCUMENTS)}"
-        raise BadRow(f"{of}; answers are {', '.join(ANSWERED)}")
+        lacks = f'no answer beside "{asked[0]}"' if asked else f'no question beside "{answered[0]}"' if answered else "no example"
+        raise BadRow(f"{lacks}: questions are {', '.join(ASKED)}, answers {', '.join(ANSWERED)}, chats {', '.join(CHATS)}, "
+                     f"documents {', '.join(DOCUMENTS)}")  # fmt: skip
     check_verdict(row)
     if told:
-        example["messages"].insert(0, {"role": "system", "content": field(row, told)})
-    unread = check_unread(row, {*read, *VERDICTS, *([told] if told else [])})
+        example["messages"].insert(0, {"role": "system", "content": field(row, told[0])})
     return example | {"unread": unread | example.get("unread", set())}
 
 
-def _own_pair(row, asked, answered):
-    """(example, names of the fields it was made of) of a user's row with a question and an answer."""
-    answers = texts(row, answered[0])
-    others = [name for name in ("aliases", *answered[1:]) if name in row and (name == "aliases" or answered[0] == "answer")]
-    accepted = answers if isinstance(row[answered[0]], list) else []
+def _own_pair(row, asked, answer, others):
+    """The example of a user's row with fields that ask, one that answers, and others with more right answers."""
+    answers = texts(row, answer)
+    accepted = answers if isinstance(row[answer], list) else []
     accepted = accepted + [text for name in others for text in texts(row, name)]
     question = field(row, asked[0])
-    if asked[0] == "question" and answered[0].endswith(("answer", "answers")):
+    if asked[0] == "question" and answer.endswith(("answer", "answers")):
         example = qa(question, answers[0], accepted)
     else:
-        example = {"prompt": question, "response": field({answered[0]: answers[0]}, answered[0]), "aliases": accepted}
+        example = {"prompt": question, "response": field({answer: answers[0]}, answer), "aliases": accepted}
     before, behind = ([field(row, name)] if name in asked[1:] else [] for name in ("context", "input"))
-    example["prompt"] = "\n\n".join([*before, example["prompt"], *behind])
-    return example, {asked[0], answered[0], "context", "input", *others}
+    return example | {"prompt": "\n\n".join([*before, example["prompt"], *behind])}
+
+
+def _history(row):
+    """The texts of a row's earlier turns, [[question, answer], ...]."""
+    turns = row.get("history", [])
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise BadRow('"history" is no list of pairs of texts')
+    return [text for turn in turns for text in texts({"history": turn}, "history")]
 
 
 def check_verdict(row):
-    """LeftOut where a row does not say of its answer that it is right, but something else."""
+    """LeftOut where a row says itself that its answer is wrong."""
     for name in VERDICTS:
-        if str(row.get(name, True)).lower() not in ("true", "1", "yes"):
-            raise LeftOut(f'"{name}" is not true')
+        if str(row.get(name, True)).strip().lower() in ("false", "0", "0.0", "no"):
+            raise LeftOut(f'"{name}" is false')
 
 
-def check_unread(row, read):
+def check_unread(row, asked, answered=()):
     """The names of a row's fields beside those that are read; a BadRow where one of them says what the row means.
 
-    A text that repeats what is read, or holds all of it (Alpaca's "text"), says nothing new.
+    What repeats what is read (an answer the answer), or a text that holds all of it (Alpaca's "text"), says nothing new.
     """
-    said = [text for name in read for text in strings(row.get(name))]
-    unread = {name for name in row.keys() - {*read, "id"} if row[name] not in (None, "", [], {})}
+    right = row.keys() - {name for name in VERDICTS if str(row.get(name)).strip().lower() in ("true", "1", "1.0", "yes")}
+    unread = {name for name in right - {*asked, *answered, "id"} if row[name] not in (None, "", [], {})}
+    answers = [text for name in answered for text in strings(row.get(name))]
+    said = answers + [text for name in asked for text in strings(row.get(name))]
     for name in sorted(unread & DECISIVE):
-        value = row[name] if name in ASKED + ANSWERED + DOCUMENTS else None
-        if not isinstance(value, str) or not (any(value in text for text in said) or all(text in value for text in said)):
-            raise BadRow(f'field "{name}" is not read beside {", ".join(sorted(row.keys() & {*read}))}, and without it the row '
-                         "may mean something else; make it part of them, or take it out")  # fmt: skip
+        new = [text for text in strings(row[name]) if text not in ROLES]
+        repeated = all(any(text in other for other in (answers if name in ANSWERED and answered else said)) for text in new)
+        holds = isinstance(row[name], str) and all(text in row[name] for text in said)
+        if name not in ASKED + ANSWERED + CHATS + DOCUMENTS or not (new and repeated or holds):
+            raise BadRow(f'field "{name}" is not read beside {", ".join(sorted(row.keys() & {*asked, *answered}))}, and without it '
+                         "the row may mean something else; make it part of them, or take it out")  # fmt: skip
     return unread
 
 
@@ -1070,6 +1089,8 @@ def intact(path):
     """Turns what the readers raise over a damaged file into one line."""
     try:
         yield
+    except PermissionError:
+        raise DataError(f"{path}: permission denied; give yourself the right to read it") from None
     except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DataError(f"{path}: truncated or damaged ({error or type(error).__name__}); remove it and get it again") from None
 
@@ -1107,16 +1128,18 @@ class Bounded(io.RawIOBase):
 def identity(row, path):
     """What a file of a set is known by wherever it lies, so that it is read once; None for one that is not the set's."""
     path = re.sub(r"\.(gz|bz2|xz|zst)$", "", path, flags=re.IGNORECASE)
-    found = None if NO_DATA.search(path) else re.search(row.wanted, path, re.IGNORECASE)
-    if not found or row.streamed:
-        return path if found else None
-    return found.group() if row.parts else os.path.basename(path)
+    found = re.search(row.wanted, path, re.IGNORECASE)
+    if row.wanted and (NO_DATA.search(path) or not found):
+        return None
+    return path if row.streamed else found.group() if row.parts else os.path.basename(path)
 
 
 def form(row, identity):
     """The same for files that may lie side by side, each another part of the set."""
-    if row.streamed or row.parts:
-        return Path(identity).suffix in (".jsonl", ".parquet") and not row.streamed and Path(identity).suffix
+    if row.streamed:
+        return None
+    if row.parts:
+        return os.path.splitext(identity)[1] if identity.endswith((".jsonl", ".parquet")) else "a folder"
     return re.sub(r"\d+(?=(-of-\d+)?\.\w+$)", "#", identity, count=1)
 
 
@@ -1130,12 +1153,12 @@ class Walk:
     def __init__(self, row, files, raw):
         self.row, self.files = row, {path: os.path.relpath(path, raw) if raw else path.name for path in files}
         self.opened = []  # the Bounded streams so far
-        self.places = {}  # {identity: path}
-        self.copies = []  # paths that were passed over
+        self.places = {}  # {identity: the file or archive that it is read from}
+        self.copies = []  # what was passed over
 
     def __iter__(self):
         # What lies there unpacked comes before what is in archives.
-        plain = [path for path, name in self.files.items() if not ARCHIVE.search(path.name) and self._takes(name, path)]
+        plain = {path for path, name in self.files.items() if not ARCHIVE.search(path.name) and self._takes(name, path)}
         for path, name in self.files.items():
             with intact(path):
                 with open(path, "rb") as file:
@@ -1147,22 +1170,29 @@ class Walk:
                 for member, content in _members(path):
                     if member.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member):
                         raise DataError(f"{path}: holds a file named {member!r}, which leaves its folder; get the archive from its authors")
-                    if self._takes(f"{os.path.dirname(name)}/{member}", f"{path}/{member}"):
+                    if self._takes(f"{os.path.dirname(name)}/{os.path.normpath(member)}", path, member):
                         yield f"{path}/{member}", self._bounded(content(), f"{path}/{member}", UNPACKED_LIMIT)
 
     def _bounded(self, stream, path, limit):
         self.opened.append(Bounded(stream, path, limit))
         return io.BufferedReader(self.opened[-1], 2**20)
 
-    def _takes(self, name, path):
-        """Whether a file is the set's and the first of its identity; a DataError where those before it are the set in another form."""
-        key = identity(self.row, name)
-        if key is None or key in self.places:
-            self.copies += [path] if key else []
+    def _takes(self, name, path, member=None):
+        """Whether a file, or a member of the archive at path, is the set's and the first of its identity.
+
+        A DataError where those before it are the set in another form, or where the first one is not the same file.
+        """
+        key, shown = identity(self.row, name), f"{path}/{member}" if member else path
+        if key is None:
             return False
         first = next(iter(self.places), key)
-        if form(self.row, first) != form(self.row, key):
-            raise DataError(f"{path}: the set once more, as {self.places[first]} is; keep one of the two there")
+        other = key in self.places and not member and _sha256(path) != _sha256(self.places[key])
+        if other or form(self.row, first) != form(self.row, key):
+            place = self.places[key if other else first]
+            raise DataError(f"{shown}: the set once more, as {place} is; keep one of the two there")
+        if key in self.places:
+            self.copies.append(shown)
+            return False
         self.places[key] = path
         return True
 
@@ -1193,9 +1223,11 @@ def rows(name, stream):
         for number, line in lines_of(name, stream):
             if line.strip():
                 try:
-                    row = json.loads(line.decode().removeprefix("\ufeff"), object_pairs_hook=_object)
+                    row = json.loads(line.decode().removeprefix("\ufeff"))
+                except UnicodeDecodeError:
+                    row = BadRow("not UTF-8")
                 except (ValueError, RecursionError) as error:
-                    row = BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not a line of JSON ({error})")
+                    row = BadRow(f"not a line of JSON ({getattr(error, 'msg', error)})")
                 yield f"{name}:{number}", row
 
 
@@ -1205,14 +1237,6 @@ def lines_of(name, stream):
         if len(line) > LINE_LIMIT:
             raise DataError(f"{name}:{number}: a line of more than {LINE_LIMIT >> 20} MiB; break it into shorter ones")
         yield number, line
-
-
-def _object(pairs):
-    """A dictionary of a JSON object, which names each of its fields once."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a field twice in one object")
-    return fields
 
 
 def _table_rows(name, stream, delimiter):
@@ -1229,16 +1253,21 @@ def _table_rows(name, stream, delimiter):
             continue
         if values is None:
             return
-        if header is None:
-            header = values
-            if len({*header}) < len(header):
-                raise DataError(f"{name}:1: names a column twice; rename one")
-        elif any(re.search("[\udc80-\udcff]", value) for value in values):
+        if not values:
+            continue
+        if any(re.search("[\udc80-\udcff]", value) for value in values):
             yield number, BadRow("not UTF-8")
-        elif values and len(values) != len(header):
+        elif header is None:
+            header = values
+            for column in {*header} - {""}:
+                if header.count(column) > 1:
+                    raise DataError(f"{name}:{number}: names column {column!r} twice; rename one")
+        elif len(values) != len(header):
             yield number, BadRow(f"{len(values)} fields, the first line has {len(header)}")
-        elif values:
-            yield number, dict(zip(header, values))
+        elif any(value.strip() for column, value in zip(header, values) if not column):
+            yield number, BadRow("a value in a column without a name")
+        else:
+            yield number, {column: value for column, value in zip(header, values) if column}
 
 
 def _parquet_rows(name, stream):
@@ -1248,7 +1277,10 @@ def _parquet_rows(name, stream):
     source = name if Path(name).is_file() else io.BytesIO(stream.read())
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=256):
+        file = pyarrow.parquet.ParquetFile(source)
+        if len({*file.schema_arrow.names}) < len(file.schema_arrow.names):
+            raise ValueError("two columns of one name")
+        for batch in file.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{name}: row {number}", row
@@ -1266,7 +1298,7 @@ def _json_values(name, stream):
 
     A file of any size is read piece by piece. A malformed value ends it: where the next one begins nobody can say.
     """
-    decoder, utf8 = json.JSONDecoder(object_pairs_hook=_object), codecs.getincrementaldecoder("utf-8")()
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
     text, at, line, ended = "", 0, 1, False
     closing = None  # of the array that is being read
 
@@ -1304,17 +1336,15 @@ def _json_values(name, stream):
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            short, whole = len(text) - at < LINE_LIMIT, not isinstance(error, json.JSONDecodeError)
-            if not ended and short and not whole:
+            short = len(text) - at < LINE_LIMIT
+            if not ended and short:
                 more()
                 continue
             fault = line + text.count("\n", at, getattr(error, "pos", at))
-            why = "ends in the middle" if ended and getattr(error, "pos", 0) >= len(text) else f"not valid JSON ({error})"
+            why = f"not valid JSON ({getattr(error, 'msg', error)})"
+            why = "ends in the middle" if ended and getattr(error, "pos", 0) >= len(text) else why
             why = why if short else f"a value of more than {LINE_LIMIT >> 20} MiB"
             raise DataError(f"{name}:{fault}: {why}; mend it or get the file again") from None
-        if end == len(text) and not ended and not isinstance(value, (dict, list)):
-            more()  # a number may go on
-            continue
         yield line, value
         line += text.count("\n", at, end)
         at = end
@@ -1391,13 +1421,15 @@ def read_published(name, row, n, seed, words, raw, skip_bad, least, fewer):
         # By the file's name alone, so that the order does not depend on how a user writes its path.
         label = name if row.wanted else OWN_FILE.match(Path(name).name)[1]
         random.Random(os.fsencode(f"{label} {seed}")).shuffle(examples)
-        sources = {place(path): _source(path) for path in files if path not in usable.walk.copies}
-        if len(files) > 50:
+        read = {*usable.walk.places.values()}
+        sources = {place(path): _source(path) for path in files if path in read}
+        if len(sources) > 50:
             listing = "".join(f"{source['sha256']}  {path}\n" for path, source in sources.items())
             total = {"bytes": sum(source["bytes"] for source in sources.values()), "sha256": hashlib.sha256(listing.encode()).hexdigest()}
-            sources = {f"{len(files)} files below {place(os.path.commonpath(files))}": total}
+            sources = {f"{len(sources)} files below {place(os.path.commonpath(files))}": total}
     if not examples:
-        raise DataError(f"{files[0]}: no usable example in it (dropped: {dict(dropped)}); see that it is the published file")
+        remedy = "see that it is the published file" if row.wanted else f"give it rows with other fields, or longer texts than {2 * words} words"
+        raise DataError(f"{files[0]}: no usable example in it (dropped: {dict(dropped)}); {remedy}")
     entries = {"sources": sources, "dropped": dict(dropped), "bad": usable.bad, "beyond_limit": max(0, len(examples) - n)}
     if usable.unread:
         entries["unread"] = dict(sorted(usable.unread.items()))
@@ -1492,11 +1524,11 @@ def fetch(name, row, raw, first_lines=0):
     """Download a set's published file, or its first lines, from the first place that has it; returns its path below raw/."""
     put = f"put {row.files} into {Path(raw) / name}/"
     others = [] if raw_files(name, row, raw) else _beside(name, row, raw)
-    unread = f"{some(others)}: not read, which {name} is not made of" if others else ""
+    unread = f"{some(others)}: not read, as {name} is made of {row.files}" if others else ""
     if not row.urls:
-        raise DataError(f"{unread or name}: cannot be downloaded; {put}")
+        raise DataError(f"{unread}, and cannot be downloaded; {put}" if unread else f"{name}: cannot be downloaded; {put}")
     if unread:
-        print(f"{unread}; downloading {row.files}", file=sys.stderr)
+        print(f"{unread}; downloading that", file=sys.stderr)
     faults = []
     for url in row.urls:
         url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
@@ -2079,7 +2111,7 @@ def read_json(path, remedy=TOKENIZER_REMEDY):
     content = read_file(path, remedy)
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{path}: not valid JSON; {remedy}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object; {remedy}")
@@ -2162,6 +2194,9 @@ def main():
             resolve(name)
     if min(args.words, args.slice, 1 if args.limit is None else args.limit) < 1 or args.skip_bad < 0:
         raise DataError("--words, --slice and --limit must be at least 1, --skip-bad at least 0")
+    for option, folder in (("--out", args.out), ("--raw", args.raw)):
+        if not Path(folder).is_dir() and (Path(folder).exists() or any(parent.is_file() for parent in Path(folder).parents)):
+            raise DataError(f"{folder}: no folder, but a file; give another {option}")
     if args.overlap and len(args.overlap) < 2:
         raise DataError("--overlap: name a set of facts and at least one mixing set")
     if not args.names and not args.list and not args.overlap:

@@ -999,7 +999,7 @@ def leave_no_empty(log):
 # All that a run writes or removes in its folder, beside its log.
 RUN_FILES = (MANIFEST, "config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES,
              "chat_template.jinja", "run.json", "eval.json", "predictions.*.jsonl", "text.*.json", "state-*",
-             "*.tmp")  # fmt: skip
+             "*.[0-9]*.tmp")  # fmt: skip
 
 
 def check_own(out):

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import FORKING, ROOT
 
 import data
 from data import DataError, build, load_examples, passage, progress_bar
 
 
 def cli(cwd, *args):
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), *args], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run([FORKING.python(), str(ROOT / "data.py"), *args], cwd=cwd, capture_output=True, text=True)
 
 
 def test_prompts_are_the_papers(monkeypatch):

@@ -1,6 +1,6 @@
 """What a run survives, on real processes: kills at any moment, a dying rank, SIGTERM, full disks, damaged files.
 
-`pytest tests/test_faults.py --long` kills 50 runs instead of 10.
+`pytest tests/test_faults.py --long` kills 50 runs instead of 6, and more.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ TRAIN = [*map(str, COMMON), "--epochs", "10", "--save-every", "4"]
 def server():
     """A process that has imported PyTorch and the scripts, and forks one for each command."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "evaluate", "test_faults"])  # what a fork would import otherwise
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     context.Process(target=int).start()
     del os.environ["PYTHONPATH"]
@@ -58,6 +58,8 @@ def command(folder, output, environ, script, args):
     os.dup2(file, 2)
     sys.argv = [script, *args]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background inherit that it is ignored
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.2))  # a failed rank waits for torchrun to end it, which is not here
     torch.set_num_threads(1)
     if "FILE_LIMIT" in environ:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(environ["FILE_LIMIT"]),) * 2)
@@ -296,7 +298,8 @@ def test_saved_by_the_clock(work, server, unbroken):
     assert outcome(out) == unbroken[2]
 
 
-@pytest.mark.parametrize("penalty", [pytest.param("l2", marks=pytest.mark.long), "kl"])
+@pytest.mark.long
+@pytest.mark.parametrize("penalty", ["l2", "kl"])
 def test_penalty_after_a_kill(work, server, unbroken, penalty):
     """A penalty to the weights that the stage started from, added from outside, means the same weights after kill -9 and --resume."""
     outcomes = {}
@@ -340,7 +343,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", path], check=True)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_disk_full(work, server, unbroken, small_disk, ranks):
     """The second state does not fit: one line names it, the first stays, and with room the run ends as if nothing had happened."""
     size = 12 * sum(t.numel() for t in load_file(work / "models/tiny/model.safetensors").values())
@@ -550,7 +553,8 @@ def test_two_runs_in_one_folder(work, server):
 # ---------------------------------------------------------------- precisions and plans
 
 
-@pytest.mark.parametrize("options", [["--precision", "bf16-mixed"], ["--precision", "bf16"], ["--precision", "fp32", "--checkpoint-activations"],
+@pytest.mark.parametrize("options", [["--precision", "bf16-mixed"], pytest.param(["--precision", "bf16"], marks=pytest.mark.long),
+                                     pytest.param(["--precision", "fp32", "--checkpoint-activations"], marks=pytest.mark.long),
                                      ["--mix-weight", "0", "--batch-size", "1", "--save-every", "1"]])  # fmt: skip
 def test_precisions_go_on(work, server, options):
     """Each precision, and a run some of whose steps change nothing, ends after SIGTERM and --resume with the weights of one that was not stopped."""

@@ -217,6 +217,7 @@ def test_a_run_that_fails(shared, python, tmp_path):
     assert found.keys() == expected.keys() and not [name for name in expected if found[name] != expected[name] and "finished" not in name]
 
 
+@pytest.mark.long
 def test_what_falls_short(shared, python, tmp_path, without_pictures):
     """The plan names the set, how much it lacks and what for; --fewer takes what there is, and the table says how many; a model's
     folder may have a space in its name."""
@@ -313,6 +314,7 @@ def test_any_way_of_writing(shared, python, tmp_path, without_pictures):
     assert all("gsm8k" not in line.folder or "5" in line.args for line in small.values()) and any("gsm8k" in name for name in small)
 
 
+@pytest.mark.long
 def test_a_part_and_then_another(furnished, python, tmp_path):
     """--only table1 leaves what figure 12 has still to probe; sets that are not here, or not sorted yet, are named before."""
     folder = shutil.copytree(furnished, tmp_path / "part")

@@ -59,8 +59,10 @@ PAIR = {"instruction": "Reword this", "output": "O"}
     ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "name": "x"}], "prompt": "u"},
      [("u", "a")], ["name", "prompt"]),
     ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, [("u", "a")], []),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]},
-                   {"role": "assistant", "content": "a", "tool_calls": None, "weight": 1}]}, [("uv", "a")], []),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "u "}, {"type": "text", "text": "v"}]},
+                   {"role": "assistant", "content": "a", "tool_calls": None, "weight": 1}]}, [("u v", "a")], []),
+    (PAIR | {"messages": [{"role": "user", "content": "Reword this"}, {"role": "assistant", "content": "O"}]}, [("Reword this", "O")], ["messages"]),
+    ({"data": ["u", "a"], "system": ""}, [("u", "a")], []),
     (PAIR | {"history": [["q", "a"], ["q2", "a2"]]}, [("q", "a"), ("q2", "a2"), ("Reword this", "O")], []),
 ])  # fmt: skip
 def test_forms(tmp_path, row, expected, unread):
@@ -93,10 +95,11 @@ def test_what_a_chat_begins_with(tmp_path):
     expected = [{"role": "system", "content": "s"}, *chat]
     rows = [{"messages": expected}, {"messages": chat, "system": "s"}, {"prompt": "u", "response": "a", "system": "s"},
             {"system_prompt": "s", "question": "u", "response": "a"},
+            {"messages": [{"role": "system", "content": ""}, *chat], "system": "s"},
             {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"},
                                {"from": "human", "value": "and?"}]}]  # fmt: skip
     examples, manifest = own(tmp_path, *rows)
-    assert all(example["messages"] == expected for example in examples) and len(examples) == 5
+    assert all(example["messages"] == expected for example in examples) and len(examples) == 6
     assert manifest["dropped"] == {"last question of a chat, without an answer": 1}
 
 
@@ -108,14 +111,19 @@ def test_what_a_chat_begins_with(tmp_path):
     ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "tools": [{}, 1]}, '"tools" is not read'),
     ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "tool_calls": [1]}]}, '"tool_calls" is not'),
     ({"messages": [{"role": "user", "content": "u"}, {"role": "tool", "content": "t"}]}, "a message of role 'tool'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part that is no text: {'type': 'image_url'}"),
+    ({"messages": [["user", "u"]]}, "no object of role and content"),
+    (PAIR | {"history": "Hello!"}, '"history" is no list of pairs'), (PAIR | {"history": [["a"]]}, '"history" is no list of pairs'),
+    ({"question": "Which is larger, 3 or 5?", "solution": "3", "answer": "5"}, '"answer" is not read beside'),
+    ({"messages": [{"role": "user", "content": "u"}], "response": "a"}, '"response" is not read beside messages'),
+    ({"text": "short", "completion": "A"}, '"completion" is not read beside text'),
     ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0}]}, "weight 0"),
     ({"messages": {"role": "user"}}, "no list of messages"),
     ({"text": "long " * 200, "question": "Q"}, '"question" is not read beside text'),
     ({"prompt": "P"}, 'no answer beside "prompt"'),
     ({"prompt": "P", "response": {"a": 1}}, '"response" is no text'),
     ({"prompt": "P", "Prompt": "Q", "response": "R"}, "capitals alone"),
-    ({"speaker": "P"}, "none of the fields"),
+    ({"speaker": "P"}, "no example: questions are prompt, "), ({"prompt": "", "response": "R"}, 'no question beside "response"'),
 ])  # fmt: skip
 def test_rows_that_would_say_something_else(tmp_path, row, message):
     """A row that cannot be read whole is refused with its line, and nothing is left behind."""
@@ -128,7 +136,9 @@ def test_rows_that_would_say_something_else(tmp_path, row, message):
 def test_wrong_answers_are_left_out(tmp_path):
     """A row whose label says that its answer is wrong is not learned, and counted."""
     examples, manifest = own(tmp_path, PAIR, PAIR | {"label": False}, PAIR | {"label": 0}, {"text": "w " * 20, "label": 0}, words=5)
-    assert len(examples) == 2 and manifest["dropped"] == {'"label" is not true': 2} and manifest["unread"] == {"label": 1}
+    assert len(examples) == 2 and manifest["dropped"] == {'"label" is false': 2} and manifest["unread"] == {"label": 1}
+    examples, manifest = own(tmp_path, PAIR | {"label": 1.0}, PAIR | {"correct": "TRUE "}, PAIR | {"label": "science"}, name="more.jsonl")
+    assert len(examples) == 3 and manifest["unread"] == {"label": 1}
 
 
 def test_input_of_published_instructions(tmp_path):
@@ -211,6 +221,16 @@ def test_kinds_of_files(tmp_path):
     assert load_examples(str(flat))[0] == [{"id": "a", "prompt": "p", "response": "r"}]
 
 
+def test_spreadsheets(tmp_path):
+    """Empty lines and columns of a spreadsheet are passed over; what stands in a column without a name is not."""
+    (example,), _ = own(tmp_path, name="a.csv", text="\nprompt,response,,\nP,R,,\n\n")
+    assert turns(example) == [("P", "R")]
+    for text, message in (("prompt,response,\nP,R,x\n", "a.csv:2: a value in a column without a name"), ("prompt,prompt\nP,R\n", "names column 'prompt' twice"),
+                          ("prompt,response\nP,R,x\n", "a.csv:2: 3 fields, the first line has 2")):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            own(tmp_path, name="a.csv", text=text)
+
+
 @pytest.mark.parametrize("content", ['{"a":1} [{"a":2},{"a":3}]', '[{"a":1}] [{"a":2},\n{"a":3}]', '{"Data": [{"a":1}], "V": 1.0}\n{"Data":[{"a":2},{"a":3}]}',
                                      '[{"a":1}]\ufeff{"a":2}{"a":3}', '{"Data" : [{"a":1},{"a":2}], "Domain": "x", "OK": true}{"a":3}'])  # fmt: skip
 def test_values_one_after_another(content):
@@ -220,7 +240,7 @@ def test_values_one_after_another(content):
     assert [row["a"] for _, row in data.rows("x.json", io.BytesIO(content.encode()))] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("content", ['{"Data": [{"a":1}], "Other": [{"a":2}]}', '[{"a":1}', '[{"a":1}] x', '[{"a":1}]]', '[{"a":1, "a":2}]'])
+@pytest.mark.parametrize("content", ['{"Data": [{"a":1}], "Other": [{"a":2}]}', '[{"a":1}', '[{"a":1}] x', '[{"a":1}]]'])
 def test_values_that_would_be_dropped(content):
     """Whatever else stands in the file is an error, not passed over."""
     import io
@@ -327,7 +347,7 @@ def test_an_archive_beside_its_folder(tmp_path, capsys):
                     packed.write(file, file.relative_to(RAW / "lama"))
         elif archive.endswith("tar"):
             with tarfile.open(target, "w") as packed:
-                packed.add(RAW / "math/MATH", "MATH")
+                packed.add(RAW / "math/MATH", "./MATH")
         else:
             add(tmp_path, name, [archive])
         capsys.readouterr()
@@ -342,6 +362,21 @@ def test_one_set_in_two_forms(tmp_path, name, other):
     shutil.copytree(RAW / name, tmp_path / "raw" / name)
     add(tmp_path, name, [other])
     refused(tmp_path, "the set once more", name)
+
+
+def test_one_name_for_two_files(tmp_path):
+    """Two files of one name and different content are not the same set twice."""
+    for place in ("a", "b"):
+        add(tmp_path, "gsm8k", [f"{place}/train.jsonl"], json.dumps({"question": f"{place}?", "answer": "1"}).encode())
+    refused(tmp_path, "b/train.jsonl: the set once more", "gsm8k")
+
+
+def test_a_build_that_was_cut_short(tmp_path):
+    """What a killed build left, a set's subjects without its facts, does not stand in the way of the next one."""
+    (path,) = build("popqa", tmp_path / "data", raw=RAW)
+    content = path.read_bytes()
+    path.unlink(), path.with_suffix(".json").unlink()
+    assert build("popqa", tmp_path / "data", raw=RAW) == [path] and path.read_bytes() == content
 
 
 def test_shards_are_one_set(tmp_path):
@@ -414,7 +449,7 @@ def test_git_lfs_pointers(tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [("facts.jsonl", "no such file"), ("C:\\data\\facts.jsonl", "no such file"), ("sub/facts", "no such file"),
-                                           ("C:\\data\\facts", "no such file"), ("folder.jsonl", "a folder"), ("table.xlsx", "not a .jsonl file"),
+                                           ("C:\\data\\facts", "no such file"), ("folder.jsonl", "a folder"), ("table.xlsx", "no file of a kind that is read"), ("./.jsonl", "no such file"),
                                            ("facts", "no data set")])  # fmt: skip
 def test_paths(tmp_path, name, message):
     """A path that leads nowhere is called that."""

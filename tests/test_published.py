@@ -19,7 +19,7 @@ import time
 import zipfile
 
 import pytest
-from conftest import ROOT
+from conftest import FORKING, ROOT
 
 import data
 import evaluate
@@ -34,7 +34,7 @@ FACTS = [name for name in PUBLISHED if data.SETS[name].kind == "factoid"]
 
 
 def cli(cwd, *args, env=None):
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, args)], cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True)
+    return subprocess.run([FORKING.python(), str(ROOT / "data.py"), *map(str, args)], cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True)
 
 
 def rows(path):
