@@ -735,7 +735,7 @@ def test_files_of_other_programs(base):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "manifest.json", "state-dict",
-                                  "notes.tmp", "metrics.jsonl", "run.json"])  # fmt: skip
+                                  "metrics.jsonl", "run.json"])  # fmt: skip
 def test_out_is_not_of_a_run(base, name):
     """--out takes the place of nothing that is not of a run, and nobody is told to remove what is there."""
     theirs = base.parent / "theirs"

@@ -267,6 +267,7 @@ def test_a_model_that_knows_nothing(shared, python, tmp_path, without_pictures):
     assert {row["data"] for row in asked.values()} == {"triviaqa.familiar"}
 
 
+@pytest.mark.long
 def test_the_base_model_is_asked_anew(shared, python, tmp_path, without_pictures):
     """What a base model was asked before is known by the facts; another model's answers are not taken for its own."""
     folder = tmp_path / "anew"

@@ -678,7 +678,7 @@ def test_training_takes_the_unfamiliar_facts(tmp_path):
 def test_split_command(tmp_path, smollm2_folder):
     """evaluate.py --split asks a real model, and its answers decide: each fact is in the file that its recorded prediction says."""
     shutil.copytree(RAW / "triviaqa", tmp_path / "raw/triviaqa")
-    command = [sys.executable, str(ROOT / "evaluate.py"), str(smollm2_folder), "--split", "triviaqa", "--shots", "1", "--precision", "fp32"]
+    command = [FORKING.python(), str(ROOT / "evaluate.py"), str(smollm2_folder), "--split", "triviaqa", "--shots", "1", "--precision", "fp32"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "of 2 facts" in done.stdout, done.stderr
     asked = 0

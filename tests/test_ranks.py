@@ -198,8 +198,8 @@ def simulated_peak(monkeypatch, config, ranks, precision, kept, batch, micro_tok
     (8, "bf16-mixed", Kept(), 16384, {}),
     (4, "bf16-mixed", Kept(weights=False), 16384, {}),
     (2, "bf16-mixed", Kept(activations=False), 16384, {}),
-    (2, "bf16", Kept(), 2048, {}),
-    (2, "bf16-mixed", Kept(False, False, False), 2048, {}),
+    pytest.param(2, "bf16", Kept(), 2048, {}, marks=pytest.mark.long),
+    pytest.param(2, "bf16-mixed", Kept(False, False, False), 2048, {}, marks=pytest.mark.long),
     (8, "bf16-mixed", Kept(), 16384, {"qkv_bias": True}),
     (1, "fp32", Kept(), 16384, {"qk_norm": True}),
 ])  # fmt: skip

@@ -84,7 +84,7 @@ def test_three_steps_equal_the_plain_loop(work, name, ranks, options, whole, mon
     out = work / "runs" / name
     if not whole:
         monkeypatch.setenv("COMPILER", "aot_eager")
-    run(work, "train.py", *COMMON, "--out", out, *options, ranks=ranks, torchrun=name == "two ranks")
+    run(work, "train.py", *COMMON, "--out", out, *options, ranks=ranks, torchrun=whole and name == "two ranks")
     losses, weights = plain_loop(work)
     assert [row["loss"] for row in metrics(out)] == pytest.approx(losses, abs=1e-5)
     trained = load_file(out / "model.safetensors")
@@ -218,7 +218,7 @@ def test_two_ranks_answer_as_one(work):
     assert (work / "models/tiny/predictions.kvr.first7.jsonl").read_text() == alone
 
 
-def test_qwen3(tmp_path, python):
+def test_qwen3(tmp_path, python, whole):
     """A tiny Qwen3 with the hub's tokenizer, which composes Unicode and has no bos: learned, asked and probed; two ranks and a resumed run learn the same."""
     model = tiny_llama(tmp_path / "models/qwen3", model_type="qwen3", vocab_size=151936, head_dim=12, tie_word_embeddings=True)
     (model / "tokenizer.model").unlink()
@@ -230,7 +230,8 @@ def test_qwen3(tmp_path, python):
     command = ["--stage", 1, "--model", model, "--data", "facts.jsonl", "--num-examples", 4, "--epochs", 24, "--lr", 2e-2, "--batch-size", 4,
                "--precision", "fp32"]  # fmt: skip
     run(tmp_path, "train.py", *command, "--out", "one")
-    run(tmp_path, "train.py", *command, "--out", "two", ranks=2)
+    if whole:
+        run(tmp_path, "train.py", *command, "--out", "two", ranks=2)
     process = subprocess.Popen([python, ROOT / "train.py", *map(str, command), "--out", "stopped"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     while process.poll() is None and not ((log := tmp_path / "stopped/metrics.jsonl").exists() and len(log.read_text().splitlines()) > 9):
         time.sleep(0.01)
@@ -238,7 +239,7 @@ def test_qwen3(tmp_path, python):
     assert process.wait(60) == 143
     run(tmp_path, "train.py", *command, "--out", "stopped", "--resume")
     losses = [row["loss"] for row in metrics(tmp_path / "one")]
-    for other in ("two", "stopped"):
+    for other in ("two", "stopped") if whole else ("stopped",):
         assert [row["loss"] for row in metrics(tmp_path / other)] == pytest.approx(losses, rel=1e-3)
     asked = run(tmp_path, "evaluate.py", "one").stdout
     assert "4        4    100.0%" in asked
