@@ -4,6 +4,7 @@
 and open files (with a run's lock among them) to a fork in its own process group, passes SIGTERM on and ends with the fork's status.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -112,6 +113,7 @@ def become(connection):
         really_end(status)
 
     os._exit, status = told_end, 0
+    atexit._clear()  # what is called at the end is what the script asks for
     try:
         import torch
 
@@ -125,6 +127,7 @@ def become(connection):
     except BaseException:
         traceback.print_exc()
         status = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
