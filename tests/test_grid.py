@@ -242,6 +242,7 @@ def test_what_falls_short(shared, python, tmp_path, without_pictures):
     assert "gsm8k+familiar-s0: holds a finished run whose num_examples is 20, not 35" in (folder / "more").read_text(), "there are more by now"
 
 
+@pytest.mark.long
 def test_a_model_that_knows_nothing(shared, python, tmp_path, without_pictures):
     """What a base model knows nothing of is foreseen and named; with --fewer the other set is asked all the same."""
     folder = tmp_path / "knows"
@@ -285,6 +286,7 @@ def test_the_base_model_is_asked_anew(shared, python, tmp_path, without_pictures
     assert "base: status 2: evaluate.py: --out runs/anew/tiny-llama/base: holds the answers of another model" in (folder / "refused").read_text()
 
 
+@pytest.mark.long
 def test_any_way_of_writing(shared, python, tmp_path, without_pictures):
     """A folder is the same however it is written, with brackets too; options count before --small and --tiny as behind; data that is
     complete may be read-only; a log that a full disk cut stops no plan; first stages alone have no tables, which is no failure. A run
