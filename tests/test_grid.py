@@ -188,6 +188,7 @@ def test_only_what_is_shown(shared):
     assert {b.partition("+")[0] for _, b in after("figure9")} == {"kvr-id", "triviaqa-id", "lama"} and {b.partition("+")[0] for _, b in after("figure10")} == {"gsm8k"}
 
 
+@pytest.mark.long
 def test_a_run_that_fails(shared, python, tmp_path):
     """It costs its own cells and those of what goes on from it; the end says which, with status and last line; the same command
     tries them again, and all is as if nothing had been."""
