@@ -367,14 +367,17 @@ class Attention(nn.Module):
 
         packed: the Packed that x (1, N, C) comes from; only the attention itself is computed for texts side by side.
         """
+        H, K = self.config.num_attention_heads, self.config.num_key_value_heads
         heads = lambda y: y.unflatten(2, (-1, self.config.head_dim))
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        # All heads side by side: a GPU's step of a small model takes as long as its kernels are many.
+        qkv = torch.cat((q, k, v), dim=2)
         if packed is not None:
-            q, k, v = packed.unpack(q), packed.unpack(k), packed.unpack(v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            qkv = packed.unpack(qkv)
+        qk, v = qkv.transpose(1, 2).split((H + K, K), dim=1)
+        q, k = rotate(qk, cos, sin).split((H, K), dim=1)
         if cached is not None:
             k, v = cached(k, v)
         y = attend(q, k, v, mask).transpose(1, 2).flatten(2)
@@ -439,7 +442,7 @@ class Packed:
         """(1, N, ...) -> (B, T, ...); padding holds anything."""
         # By its place a token is taken once, and for padding without a gradient: no GPU adds up in an order of its own.
         prefix_len = self.places.shape[1] - self.own.shape[1]
-        start, rest = x[0].split((prefix_len, x.shape[1] - prefix_len))
+        start, rest = x.squeeze(0).split((prefix_len, x.shape[1] - prefix_len))
         rest = rest.index_select(0, self.own.flatten()).unflatten(0, self.own.shape)
         return torch.cat((start.expand(len(rest), *start.shape), rest), dim=1)
 

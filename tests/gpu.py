@@ -137,6 +137,8 @@ class Part:
         if args.facts:
             science = f"{self.sizes.science} --num-examples {args.facts}"
             self.sizes = replace(self.sizes, science=science, science_facts=args.facts)
+        self.sizes = replace(self.sizes, science=f"{self.sizes.science} --seed {args.seed}")
+        self.seed = args.seed
         self.deadline = time.monotonic() + args.seconds
 
     def left(self):
@@ -803,7 +805,7 @@ def run_arm(part, arm, rows):
     folder = re.sub(r"\W+", "-", arm)
     first = {"options": [*ARMS[arm].split(), *part.sizes.first.split()]}
     second = {"options": ["--data", "bios", *part.sizes.second.split()], "stage": 2, "model": part.folder / folder}
-    stages = {f"stage 1, {n} facts, {arm}: learned to at least 99%": (folder, first),
+    stages = {f"stage 1, {n} facts, seed {part.seed}, {arm}: learned to at least 99%": (folder, first),
               f"then {n} facts of bios, {arm}: learned to at least 99%": (f"{folder}/bios", second)}  # fmt: skip
     for title, (out, settings) in stages.items():
         try:
@@ -1004,6 +1006,7 @@ def run_parts(args):
         seconds = args.seconds or SECONDS[part] * (1 if args.device == "cuda" else 2)
         command = [sys.executable, __file__, part, "--inside", "--device", args.device, "--seconds", str(seconds), "--out", args.out]
         command += ["--facts", str(args.facts)] if args.facts else []
+        command += ["--seed", str(args.seed)]
         process = subprocess.Popen(command, start_new_session=True)
         try:
             status = process.wait(seconds + 40)  # what the imports take, and the end of what is under way
@@ -1024,6 +1027,7 @@ def main():
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: the rehearsal, at small sizes (default: cuda)")
     parser.add_argument("--seconds", type=float, help=f"of each part (default: {', '.join(f'{part} {s}' for part, s in SECONDS.items())}; twice that in the rehearsal)")
     parser.add_argument("--facts", type=int, help="of each stage of science, where its time does not suffice for the paper's 2,000")
+    parser.add_argument("--seed", type=int, default=0, help="of science (default: 0)")
     parser.add_argument("--out", default=str(ROOT / ".cache/gpu-results"), help="folder of gpu.jsonl, gpu.md and gpu.log (default: .cache/gpu-results)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
