@@ -343,6 +343,9 @@ def attend(q, k, v, mask):
         scores = (q @ k.transpose(-1, -2)).view(B, K, groups, T, S)
         p = F.softmax(scores.masked_fill(~mask[:, :, None], float("-inf")), dim=-1)
         return (p.view(B, K, groups * T, S) @ v).view(B, K * groups, T, D)
+    if torch.compiler.is_compiling():
+        # PyTorch 2.11 compiles the strides of a slice's gradient as constants of the first batch.
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if mask is not None and groups > 1:
         # CUDA has no fast kernel for a mask together with enable_gqa.
         k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
