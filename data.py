@@ -29,7 +29,6 @@ import contextlib
 import csv
 import errno
 import functools
-import glob
 import gzip
 import hashlib
 import http.client
@@ -670,61 +669,41 @@ def resolve(name):
     return base, second, familiarity
 
 
-def split_file(stem, kind, base_model, data="data"):
-    """Where a base model's "familiar" or "unfamiliar" facts of a set lie: found by what the model is, whatever it was called."""
-    digits = base_model.sha256[:8]
-    found = sorted(Path(data).glob(f"{glob.escape(stem)}.{kind}.*-{digits}.jsonl"))
-    return found[0] if found else Path(data) / f"{stem}.{kind}.{base_model.name}-{digits}.jsonl"
-
-
-def split_files(stem, base_model, data="data"):
-    """All that sorting a set for a base model leaves, as a shell pattern: what to remove to sort it anew."""
-    return f"{data}/{stem}.*-{base_model.sha256[:8]}.*"
-
-
-def flat_file(name, data="data", words=DEFAULT_WORDS, base_model=None):
+def flat_file(name, data="data", words=DEFAULT_WORDS):
     """Where a set lies: a name's own flat file, or the path itself where a path to a .jsonl file is given."""
     if name.endswith(".jsonl"):
         return Path(name)
     base, _, familiarity = resolve(name)
-    if familiarity and not base_model:
+    if familiarity:
         there = ", ".join(map(str, sorted(Path(data).glob(f"{base}.{familiarity}.*.jsonl"))))
         raise DataError(f"{name}: which facts are {familiarity} depends on the base model; give a file's path: {there or f'none is in {data}/ yet'}")
-    if familiarity:
-        return split_file(base, familiarity, base_model, data)
     return Path(data) / (f"{name}.jsonl" if SETS[base].kind != "mixing" or words == DEFAULT_WORDS else f"{name}.w{words}.jsonl")
 
 
-def was_sorted(name, base_model, data="data"):
-    """Whether a base model was asked a set: one of its two files is there; the other is not where it knew all or
-    nothing."""
-    base, _, _ = resolve(name)
-    return any(split_file(base, kind, base_model, data).exists() for kind in ("familiar", "unfamiliar"))
-
-
-def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None, fewer=False):
+def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", fewer=False):
     """(the first n examples of a set or all of them, sha256 of their lines); fewer: as many as there are, where that is less.
 
     A set that is missing is built, and one that is generated or streamed and too short built longer, with the seed that its
-    manifest names. base_model: whose familiar or unfamiliar facts a name such as popqa.familiar means.
+    manifest names.
     """
-    path = flat_file(name, data, words, base_model)
-    lines = _read_lines(path, n) if path.exists() else []
+    path = flat_file(name, data, words)
+    lines = read_lines(path, n) if path.exists() else []
     if not name.endswith(".jsonl"):
-        base, second, familiarity = resolve(name)
-        if familiarity:
-            check_split(path, base, base_model)
-            lines = _read_lines(path, None)
-            lines = slice_of(lines, slice_size(path), second)[:n]
-        elif too_short(path, base, n, data, raw, fewer):
+        base, _, _ = resolve(name)
+        if too_short(path, base, n, data, raw, fewer):
             with alone_at(flat_file(base, data)):
                 if too_short(path, base, n, data, raw, fewer):  # still, if another process was at it
                     known = read_manifest(flat_file(base, data, words))
                     build(base, data, max(n or 0, SETS[base].size), known.get("seed", 0), words, raw,
                           size=known.get("slice", SLICE), least=n or 0, fewer=fewer)  # fmt: skip
-            lines = _read_lines(path, n) if path.exists() else []
+            lines = read_lines(path, n) if path.exists() else []
     elif not path.exists():
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
+    return examples_of(lines, path, name, n, fewer)
+
+
+def examples_of(lines, path, name, n, fewer):
+    """As load_examples, of the lines of a flat file that were read for a data name."""
     if len(lines) < (1 if fewer else n or 1):
         whose = "" if name == str(path) else f" for {name}"
         less = ("ask for fewer (for a mix, a lower ratio or shorter passages; train.py and run_all.sh take what there "
@@ -742,73 +721,32 @@ def too_short(path, base, n, data, raw, fewer=False):
     if not path.exists():
         return SETS[base].kind != "factoid" or not flat_file(base, data).exists()  # an empty second slice has no file
     row, known = SETS[base], read_manifest(path)
-    if not n or not (row.build or row.streamed) or not known or len(_read_lines(path, n)) >= n:
+    if not n or not (row.build or row.streamed) or not known or len(read_lines(path, n)) >= n:
         return False
     files = raw_files(base, row, raw) if row.read else []
     return not (fewer and known.get("ended")) or any(os.path.relpath(file, raw) not in known["sources"] for file in files)
 
 
-def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw", base_model=None):
-    """How many of the n examples that are asked for a set has, as far as files here tell; None where none does.
+def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw"):
+    """How many of the n examples that are asked for a set has, as far as files here tell; None where a download must tell.
 
-    Of a set that is still to be split for a base model as many as it has at most. Builds what can be without a download.
+    Builds what can be without one.
     """
     if name.endswith(".jsonl"):
-        return len(_read_lines(Path(name), n)) if Path(name).exists() else None
-    base, second, familiarity = resolve(name)
-    row, path = SETS[base], flat_file(base, data, words)
-    if familiarity and base_model and was_sorted(name, base_model, data):
-        split = split_file(base, familiarity, base_model, data)
-        if not split.exists():
-            return 0
-        check_split(split, base, base_model)
-        asked = read_manifest(split).get("data_sha256")
-        if asked and path.exists() and asked != load_pool(base, data, raw)[1]:
-            raise DataError(f"{split}: made by asking other facts than {path} now holds; remove "
-                            f"{split_files(base, base_model, data)} to ask these")  # fmt: skip
-        lines = _read_lines(split, None)
-        return len(slice_of(lines, slice_size(split), second)[:n])
+        return len(read_lines(Path(name), n)) if Path(name).exists() else None
+    base, second, _ = resolve(name)
+    row = SETS[base]
     if row.build and not row.ends:
         return n
-    if too_short(path, base, n, data, raw, fewer=True):
-        files = [] if row.build else raw_files(base, row, raw)
-        if not row.build and not files and not row.urls:
-            return 0  # nobody but the user can bring it
-        if not row.build and (not files or lines_of_beginning(files, row)):
-            return None  # what a download will bring
+    if too_short(flat_file(base, data, words), base, n, data, raw, fewer=True):
+        files = raw_files(base, row, raw) if row.read else []
+        if row.read and not files:
+            return None if row.urls else 0  # else nobody but the user can bring it
+        if files and lines_of_beginning(files, row):
+            return None
         load_examples(base, n, data, words, raw, fewer=True)
-    path = flat_file(f"{base}-id", data) if second else path
-    return len(_read_lines(path, n)) if path.exists() else 0
-
-
-def load_pool(name, data="data", raw="raw"):
-    """(all facts of a set, both slices, in the order in which it was built, sha256 of their lines)."""
-    if name.endswith(".jsonl"):
-        return load_examples(name, None, data)
-    base, _, _ = resolve(name)
-    if SETS[base].kind != "factoid" or SETS[base].build:
-        raise DataError(f"{name}: not a published set of facts; --split sorts {', '.join(n for n, r in SETS.items() if r.kind == 'factoid' and r.read)}")
-    facts, sha256 = load_examples(base, None, data, raw=raw)
-    if flat_file(f"{base}-id", data).exists():
-        second, second_sha256 = load_examples(f"{base}-id", None, data)
-        size = slice_size(flat_file(base, data))
-        facts, sha256 = facts[:size] + second + facts[size:], hashlib.sha256((sha256 + second_sha256).encode()).hexdigest()
-    return facts, sha256
-
-
-def check_split(path, stem, base_model):
-    """A DataError unless a file of familiar or unfamiliar facts was made by asking this base model."""
-    remedy = f"run python evaluate.py {base_model.path} --split {stem}"
-    if not path.exists() and was_sorted(stem, base_model, path.parent):
-        raise DataError(f"{path}: no such file, as {base_model.name} has no such facts; leave out {stem}")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; {remedy}, which makes it where {base_model.name} has such facts")
-    if read_manifest(path, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:
-        raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove both and {remedy}")
-    whole = flat_file(stem, path.parent)
-    if whole.exists() and slice_size(whole) != slice_size(path):
-        raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not "
-                        f"{slice_size(whole)}; remove {split_files(stem, base_model, path.parent)} and {remedy}")  # fmt: skip
+    path = flat_file(f"{base}-id" if second else base, data, words)
+    return len(read_lines(path, n)) if path.exists() else 0
 
 
 def set_label(name):
@@ -816,7 +754,7 @@ def set_label(name):
     return Path(name).stem if name.endswith(".jsonl") else name
 
 
-def _read_lines(path, n):
+def read_lines(path, n):
     """The first n lines, or all of them."""
     try:
         with open(path, "rb") as file:

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -41,9 +42,9 @@ import torch.distributed as dist
 
 from data import (
     DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, DataError, Parser, at_hand, begin_command,
-    encode_example, flat_file, is_name_of_set, json_line, load_examples, load_pool, load_tokenizer, overlap,
-    path_from, progress_bar, relative_path, resolve, set_label, slice_size, spelled, split_file, split_files,
-    start_ids, subjects_of, write_file, write_flat,
+    encode_example, examples_of, flat_file, is_name_of_set, json_line, load_examples, load_tokenizer, overlap, path_from,
+    progress_bar, read_lines, read_manifest, relative_path, resolve, set_label, slice_of, slice_size, spelled, start_ids,
+    subjects_of, write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -187,7 +188,7 @@ def named_sets(names, n, path, lineage, data, fewer=False, out=None):
         taken[name] = entry["data_sha256"]
         of_stages.setdefault(entry["data_sha256"], name)
     for asked in names:
-        if fewer and is_familiar(asked) and at_hand(asked, 1, **kept) == 0:
+        if fewer and is_familiar(asked) and facts_at_hand(asked, 1, **kept) == 0:
             print(f"{asked}: {kept['base_model'].name} knows no such fact; left out", file=sys.stderr)
             continue
         learned = next((entry for entry in lineage if same_set(asked, entry["data"])), None)
@@ -195,10 +196,10 @@ def named_sets(names, n, path, lineage, data, fewer=False, out=None):
         if learned and (n is None or n <= learned["num_examples"]):
             stage_facts(learned, data)  # refuses what is no longer what it learned
             whole = learned["num_examples"]
-            facts, sha256 = load_examples(source, n or whole, **kept)
+            facts, sha256 = load_set(source, n or whole, **kept)
         else:
-            facts, sha256 = load_examples(source, n or MOST, **kept, fewer=fewer or n is None)
-            whole = len(load_examples(source, MOST, **kept, fewer=True)[0])
+            facts, sha256 = load_set(source, n or MOST, **kept, fewer=fewer or n is None)
+            whole = len(load_set(source, MOST, **kept, fewer=True)[0])
         if any("messages" in fact for fact in facts):
             raise DataError(f"{asked}: holds chats, which have no single right answer; name sets of facts")
         name = set_label(asked) + (f".first{n}" if n and len(facts) != whole else "")
@@ -369,13 +370,94 @@ def is_split(name):
 
 def familiarity(name, base_model, data="data"):
     """Which facts of a set are learned: "unfamiliar" of one that is split, "" where the name says so or nothing is split."""
-    if not is_split(name) or resolve(name)[2]:
+    if not is_split(name) or names_part(name):
         return ""
     base = resolve(name)[0]
     if not split_file(base, "unfamiliar", base_model, data).exists():
         raise DataError(f"{name}: not split into what {base_model.name} knows and what not: run python evaluate.py {base_model.path} "
                         f"--split {base}, or take all facts with --unfiltered")  # fmt: skip
     return "unfamiliar"
+
+
+def split_file(stem, kind, base_model, data="data"):
+    """Where a base model's "familiar" or "unfamiliar" facts of a set lie: found by what the model is, whatever it was called."""
+    digits = base_model.sha256[:8]
+    found = sorted(Path(data).glob(f"{glob.escape(stem)}.{kind}.*-{digits}.jsonl"))
+    return found[0] if found else Path(data) / f"{stem}.{kind}.{base_model.name}-{digits}.jsonl"
+
+
+def split_files(stem, base_model, data="data"):
+    """All that sorting a set for a base model leaves, as a shell pattern: what to remove to sort it anew."""
+    return f"{data}/{stem}.*-{base_model.sha256[:8]}.*"
+
+
+def was_sorted(name, base_model, data="data"):
+    """Whether a base model was asked a set: one of its two files is there; the other is not where it knew all or
+    nothing."""
+    base, _, _ = resolve(name)
+    return any(split_file(base, kind, base_model, data).exists() for kind in ("familiar", "unfamiliar"))
+
+
+def check_split(path, stem, base_model):
+    """A DataError unless a file of familiar or unfamiliar facts was made by asking this base model."""
+    remedy = f"run python evaluate.py {base_model.path} --split {stem}"
+    if not path.exists() and was_sorted(stem, base_model, path.parent):
+        raise DataError(f"{path}: no such file, as {base_model.name} has no such facts; leave out {stem}")
+    if not path.exists():
+        raise DataError(f"{path}: no such file; {remedy}, which makes it where {base_model.name} has such facts")
+    if read_manifest(path, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:
+        raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove both and {remedy}")
+    whole = flat_file(stem, path.parent)
+    if whole.exists() and slice_size(whole) != slice_size(path):
+        raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not "
+                        f"{slice_size(whole)}; remove {split_files(stem, base_model, path.parent)} and {remedy}")  # fmt: skip
+
+
+def names_part(name):
+    """Whether a data name means the familiar or the unfamiliar facts of a set."""
+    return not name.endswith(".jsonl") and resolve(name)[2] != ""
+
+
+def load_set(name, n=None, data="data", words=DEFAULT_WORDS, base_model=None, fewer=False):
+    """As load_examples, where a name such as popqa-id.unfamiliar means the facts that base_model does not know."""
+    if not base_model or not names_part(name):
+        return load_examples(name, n, data, words, fewer=fewer)
+    base, second, kind = resolve(name)
+    path = split_file(base, kind, base_model, data)
+    check_split(path, base, base_model)
+    lines = slice_of(read_lines(path, None), slice_size(path), second)[:n]
+    return examples_of(lines, path, name, n, fewer)
+
+
+def facts_at_hand(name, n, data="data", words=DEFAULT_WORDS, base_model=None):
+    """As at_hand; of facts that a base model has been asked, how many it knows or does not, before as many as there can be."""
+    if not base_model or not names_part(name) or not was_sorted(name, base_model, data):
+        return at_hand(name, n, data, words)
+    base, second, kind = resolve(name)
+    split, whole = split_file(base, kind, base_model, data), flat_file(base, data)
+    if not split.exists():
+        return 0
+    check_split(split, base, base_model)
+    asked = read_manifest(split).get("data_sha256")
+    if asked and whole.exists() and asked != load_pool(base, data)[1]:
+        raise DataError(f"{split}: made by asking other facts than {whole} now holds; remove "
+                        f"{split_files(base, base_model, data)} to ask these")  # fmt: skip
+    return len(slice_of(read_lines(split, None), slice_size(split), second)[:n])
+
+
+def load_pool(name, data="data", raw="raw"):
+    """(all facts of a set, both slices, in the order in which it was built, sha256 of their lines)."""
+    if name.endswith(".jsonl"):
+        return load_examples(name, None, data)
+    if not is_split(name):
+        raise DataError(f"{name}: not a published set of facts; --split sorts {', '.join(filter(is_split, SETS))}")
+    base, _, _ = resolve(name)
+    facts, sha256 = load_examples(base, None, data, raw=raw)
+    if flat_file(f"{base}-id", data).exists():
+        second, second_sha256 = load_examples(f"{base}-id", None, data)
+        size = slice_size(flat_file(base, data))
+        facts, sha256 = facts[:size] + second + facts[size:], hashlib.sha256((sha256 + second_sha256).encode()).hexdigest()
+    return facts, sha256
 
 
 SHOTS = 5
@@ -701,7 +783,7 @@ def stage_facts(entry, data="data"):
     name = stage_set(entry)
     if entry["data"] in SETS and SETS[entry["data"]].kind != "factoid":
         return []
-    examples, sha256 = load_examples(name, entry["num_examples"], data, base_model=BaseModel.of(entry))
+    examples, sha256 = load_set(name, entry["num_examples"], data, base_model=BaseModel.of(entry))
     if sha256 != entry["data_sha256"]:
         where, remedy = (name, "restore them") if name.endswith(".jsonl") else (f"{name} in {data}/", "give the folder that holds them with --data-dir")
         raise DataError(f"{where}: its first {entry['num_examples']} lines are not those that stage {entry['stage']} was trained on; {remedy}")
@@ -1743,7 +1825,7 @@ class Texts:
     base_model: BaseModel = dataclasses.field(compare=False)  # None of passages
 
     def load(self, data):
-        examples, sha256 = load_examples(self.name, self.n, data, self.words, base_model=self.base_model)
+        examples, sha256 = load_set(self.name, self.n, data, self.words, self.base_model)
         if sha256 != self.sha256:
             raise DataError(f"{self.name} in {data}/: its first {self.n} lines are not those that the runs were "
                             "trained on; give the folder that holds them with --data-dir")  # fmt: skip

@@ -36,7 +36,7 @@ from data import (
 )
 from evaluate import (
     LENS_FIELDS, MOST, Stage, base_of, check_agreement, check_folder, check_place, check_writable, common_prefix_len,
-    draw_figure4, exact_matches, folders_with, is_correct, is_wrong, kept_rows, label_of, mix_name, named_sets, picture,
+    draw_figure4, exact_matches, folders_with, is_correct, is_wrong, kept_rows, label_of, load_set, mix_name, named_sets, picture,
     questions, read_lineage, read_run, record, resolve_precision, save, set_names, settings_of, shown_weight,
     stage_set, stage_sets, wrong_fields,
 )
@@ -460,7 +460,7 @@ def asked_steps(args, found, base_model):
 def load_step(args, step, base_model):
     """{"data": (examples of D_B, sha256 of their lines)}, with D_M also "mix"."""
     of = step.settings
-    loaded = {"data": load_examples(stage_set(of), of["num_examples"], args.data_dir, base_model=base_model)}
+    loaded = {"data": load_set(stage_set(of), of["num_examples"], args.data_dir, base_model=base_model)}
     if of["mix"] != "none":
         n_mix = round(of["mix_ratio"] * of["num_examples"])
         loaded["mix"] = load_examples(of["mix"], n_mix, args.data_dir, of["mix_words"])
@@ -797,7 +797,7 @@ def never_seen(stage, lineage, n, data, base_model):
         name = (base if second else f"{base}-id") + (f".{familiarity}" if familiarity else "")
     of_set = [entry["num_examples"] for entry in lineage if entry["data"] in (name, name.partition(".")[0])]
     seen = max(of_set, default=0)
-    return load_examples(name, seen + n, data, base_model=base_model)[0][seen:]
+    return load_set(name, seen + n, data, base_model=base_model)[0][seen:]
 
 
 # ---------------------------------------------------------------- pictures

@@ -67,12 +67,12 @@ from torch.optim.adamw import adamw
 from data import (
     DEFAULT_WORDS, SETS, STOPPING, DataError, Parser, SentencePieceTokenizer, TiktokenTokenizer, at_hand, batches,
     begin_command, encode_example, end_by, flat_file, load_examples, load_tokenizer, lock, progress_bar, read_json,
-    set_label, was_sorted, write_file,
+    set_label, write_file,
 )
 from evaluate import (
-    STEP_FIELDS, BaseModel, base_of, check_folder, check_vocabulary, common_prefix_len, exact_matches, familiarity,
-    is_foreign, is_own_log, is_split, read_lineage, read_rows, record, relative_lineage, resolve_precision, said,
-    settings_of, stage_facts, stage_sets, without_paths, wrong_fields,
+    STEP_FIELDS, BaseModel, base_of, check_folder, check_vocabulary, common_prefix_len, exact_matches, facts_at_hand,
+    familiarity, is_foreign, is_own_log, is_split, load_set, read_lineage, read_rows, record, relative_lineage,
+    resolve_precision, said, settings_of, stage_facts, stage_sets, was_sorted, without_paths, wrong_fields,
 )
 from model import (
     MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,
@@ -197,7 +197,7 @@ def gather_examples(args, lineage):
     base_model = base_of(args.model, lineage) if is_split(args.data) and not args.unfiltered else None
     kept = familiarity(args.data, base_model, args.data_dir) if base_model else ""
     name = f"{args.data}.{kept}" if kept else args.data
-    own, sha256 = load_examples(name, args.num_examples, args.data_dir, base_model=base_model, fewer=args.fewer)
+    own, sha256 = load_set(name, args.num_examples, args.data_dir, base_model=base_model, fewer=args.fewer)
     counts = {"num_examples": len(own), "familiarity": kept, "data_sha256": sha256, "mix_sha256": None}
     mix, replayed = [], []
     if args.mix != "none":
@@ -1561,7 +1561,7 @@ class Need:
 
     def found(self):
         """How many there are; None where nothing here tells. A DataError where its files are unusable."""
-        return at_hand(self.name, self.n, self.data, self.words, base_model=self.base_model)
+        return facts_at_hand(self.name, self.n, self.data, self.words, self.base_model)
 
     def has_more(self, than):
         """Whether more than so many are known to be here."""

@@ -216,15 +216,15 @@ def test_slices(tmp_path):
     assert cli(tmp_path, "popqa", "--slice", "30").returncode == 0
     assert manifest(path)["slice"] == 30 and [row["id"] for row in rows(second)] == [f"popqa-{i}" for i in range(30, 60)]
     assert [row["id"] for row in rows(path)[28:32]] == ["popqa-28", "popqa-29", "popqa-60", "popqa-61"]
-    assert data.load_pool("popqa", tmp_path / "data")[0] == [*first[:2000], *other, *first[2000:]]
-    pool = data.load_pool("popqa", tmp_path / "data")[0]
-    data.write_flat(data.split_file("popqa", "unfamiliar", BASE, tmp_path / "data"), pool[:70], {"base_model_sha256": BASE.sha256, "slice": 30})
+    assert evaluate.load_pool("popqa", tmp_path / "data")[0] == [*first[:2000], *other, *first[2000:]]
+    pool = evaluate.load_pool("popqa", tmp_path / "data")[0]
+    data.write_flat(evaluate.split_file("popqa", "unfamiliar", BASE, tmp_path / "data"), pool[:70], {"base_model_sha256": BASE.sha256, "slice": 30})
     for name, expected in (("popqa.unfamiliar", [*pool[:30], *pool[60:70]]), ("popqa-id.unfamiliar", pool[30:60])):
-        assert load_examples(name, None, tmp_path / "data", base_model=BASE)[0] == expected
-        assert data.at_hand(name, 2000, tmp_path / "data", base_model=BASE) == len(expected)
+        assert evaluate.load_set(name, None, tmp_path / "data", base_model=BASE)[0] == expected
+        assert evaluate.facts_at_hand(name, 2000, tmp_path / "data", base_model=BASE) == len(expected)
     build("popqa", tmp_path / "data", raw=tmp_path / "raw", size=20)
     with pytest.raises(DataError, match=r"sorted when slices of popqa had 30 facts, not 20; remove .*/popqa\.\*-0123abcd\.\* and run"):
-        load_examples("popqa-id.unfamiliar", 20, tmp_path / "data", base_model=BASE)
+        evaluate.load_set("popqa-id.unfamiliar", 20, tmp_path / "data", base_model=BASE)
 
 
 def test_a_set_without_a_second_slice(tmp_path):
@@ -244,7 +244,7 @@ def test_what_is_at_hand(tmp_path, monkeypatch):
     assert 100 < data.at_hand("pydoc", 10**6, words=50) < 10**4, "the language reference ends"
     shutil.copytree(RAW, "raw")
     assert data.at_hand("popqa", 2000) == len(rows(tmp_path / "data/popqa.jsonl")) == 4 and data.at_hand("popqa-id", 2000) == 0
-    assert data.at_hand("popqa.unfamiliar", 3, base_model=BASE) == 3, "at most: nobody was asked yet"
+    assert evaluate.facts_at_hand("popqa.unfamiliar", 3, base_model=BASE) == 3, "at most: nobody was asked yet"
     assert data.at_hand("gone.jsonl", 3) is None
 
 
@@ -659,18 +659,18 @@ def test_training_takes_the_unfamiliar_facts(tmp_path):
     facts = rows(out / "popqa.jsonl")
     for model, n in ((BASE, 1), (other, 2)):
         for kind, part in (("familiar", facts[:n]), ("unfamiliar", facts[n:])):
-            data.write_flat(data.split_file("popqa", kind, model, out), part, {"base_model_sha256": model.sha256})
+            data.write_flat(evaluate.split_file("popqa", kind, model, out), part, {"base_model_sha256": model.sha256})
     assert familiarity("popqa", BASE, out) == "unfamiliar"
     renamed = dataclasses.replace(BASE, name="snapshot")
-    assert load_examples("popqa.unfamiliar", 3, out, base_model=renamed)[0] == facts[1:]
-    assert load_examples("popqa.familiar", 2, out, base_model=other)[0] == facts[:2]
+    assert evaluate.load_set("popqa.unfamiliar", 3, out, base_model=renamed)[0] == facts[1:]
+    assert evaluate.load_set("popqa.familiar", 2, out, base_model=other)[0] == facts[:2]
     with pytest.raises(DataError, match="popqa.familiar: which facts are familiar depends .*popqa.familiar.base-0123abcd.jsonl, .*-99999999.jsonl"):
         load_examples("popqa.familiar", 1, out)
     with pytest.raises(DataError, match="no such file; run python evaluate.py models/base --split popqa"):
-        load_examples("popqa.familiar", 1, out, base_model=dataclasses.replace(BASE, sha256="8" * 64))
+        evaluate.load_set("popqa.familiar", 1, out, base_model=dataclasses.replace(BASE, sha256="8" * 64))
     (out / "popqa.familiar.base-0123abcd.json").write_text(json.dumps({"base_model_sha256": "0123abcd" + "8" * 56}))
     with pytest.raises(DataError, match="its manifest does not say that base as it is here was asked"):
-        load_examples("popqa.familiar", 1, out, base_model=BASE)
+        evaluate.load_set("popqa.familiar", 1, out, base_model=BASE)
     for name in ("kvr", "gsm8k", "popqa.familiar", "facts.jsonl"):
         assert familiarity(name, BASE, out) == ""
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, run, tiny_llama
 
-from data import PASSAGE, load_tokenizer, split_file
-from evaluate import BaseModel, base_of, named_sets, read_lineage, set_names
+from data import PASSAGE, load_tokenizer
+from evaluate import BaseModel, base_of, named_sets, read_lineage, set_names, split_file
 from model import content_id, load_model, model_name
 
 ONE = ["train.py", "--stage", 1, "--model", "models/tiny", "--batch-size", 4, "--lr", 3e-3, "--precision", "fp32"]

@@ -20,8 +20,8 @@ import sentencepiece
 import torch
 from conftest import tiny_llama  # which puts the repository's root where the next imports look
 
-from data import encode_example, load_pool, load_tokenizer, write_file
-from evaluate import SHOTS
+from data import encode_example, load_tokenizer, write_file
+from evaluate import SHOTS, load_pool
 from model import load_model, save_model
 
 LLAMA = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
