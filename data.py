@@ -74,11 +74,6 @@ def start_ids(tokenizer):
     return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
-def spelled(tokenizer, answer):
-    """A right answer as a model can write it: a normalizer may have composed its characters, a vocabulary lack some."""
-    return tokenizer.decode(tokenizer.encode(answer, continues=True))
-
-
 def encode_example(tokenizer, example, max_length=2048):
     """(ids, labels) of an example: bos, if any, then each turn in the Tulu v2 template, cut at max_length.
 
@@ -637,11 +632,6 @@ def slice_of(examples, size, second):
     return examples[size : 2 * size] if second else examples[:size] + examples[2 * size :]
 
 
-def slice_size(path):
-    """Facts of a slice of the set in a flat file, as the manifest beside it says."""
-    return read_manifest(path).get("slice", SLICE)
-
-
 def write_flat(path, examples, manifest):
     """A flat file and its manifest; no flat file where there are no examples."""
     if not examples:
@@ -749,11 +739,6 @@ def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw"):
     return len(read_lines(path, n)) if path.exists() else 0
 
 
-def set_label(name):
-    """A data name as files and tables show it: that of a path without folder and .jsonl."""
-    return Path(name).stem if name.endswith(".jsonl") else name
-
-
 def read_lines(path, n):
     """The first n lines, or all of them."""
     try:
@@ -822,7 +807,8 @@ def batches(n, batch_size, epochs, seed):
 # ---------------------------------------------------------------- overlap
 
 OVERLAP_LIMIT = 0.013  # appendix B.6: the paper's sets stay below
-LINKING = ("of", "the", "and", "de", "la", "van", "von")  # inside a name
+CAPITALIZED = r"[\w\p{N}'.-]*[\p{Uppercase}\p{N}][\w\p{N}'.-]*"  # a word with a capital or a digit: Ágnes, iPhone, 4
+NAME = rf"{CAPITALIZED}(?:\s+(?:(?:of|the|and|de|la|van|von)\s+)*{CAPITALIZED})*"
 COMMON = set("a an the of in on at to for by and or is was were are did does do what which who whom whose where when how why name".split())
 
 
@@ -850,21 +836,17 @@ def guess_subject(prompt):
 
 
 def names_in(text):
-    """The runs of words in a text that have capitals or digits (Ágnes, iPhone, 4), small words between them included;
-    the question word in front of one is none of it."""
-    runs, between = [[]], []
-    for word in re.findall(r"[\w'.-]+|\S", text):
-        if any(letter.isupper() or letter.isdigit() for letter in word):
-            runs[-1] += [*between, word] if runs[-1] else [word]
-            between = []
-        elif word in LINKING:
-            between.append(word)
-        else:
-            runs.append([])
-            between = []
-    asking = COMMON - {"the", "a", "an"}
-    runs = [run[1:] if run and run[0].lower() in asking else run for run in runs]
-    return [" ".join(run) for run in runs if run and not (len(run) == 1 and run[0].lower() in COMMON)]
+    """The runs of words in a text that have capitals or digits, small words between them included; the question word in
+    front of one is none of it."""
+    import regex  # re knows no letters by case
+
+    found = []
+    for name in regex.findall(NAME, text):
+        words = name.split()
+        words = words[1:] if words[0].lower() in COMMON - {"the", "a", "an"} else words
+        if len(words) > 1 or words and words[0].lower() not in COMMON:
+            found.append(" ".join(words))
+    return found
 
 
 def overlap(facts, subjects, documents):
@@ -1227,8 +1209,14 @@ def _parquet_rows(name, stream):
         raise DataError(f"{name}: truncated or damaged behind row {number} ({why}); remove it and get it again") from None
 
 
-OPENING = re.compile(r'\[|\{\s*"Data"\s*:\s*\[')  # of an array of rows, as a file's value or as TriviaQA has it
-CLOSING = re.compile(r'\](\s*,\s*"[^"]*"\s*:\s*("[^"]*"|[\w.+-]+))*\s*\}')  # of the second with what follows, which is no rows
+# What may stand before the next row in a file, in its array, and in TriviaQA's array under "Data", behind which stand
+# fields that are no rows. A name in it is where the row after it stands.
+AROUND_ROWS = {
+    "file": re.compile(r'[\s,\ufeff]*(?:(?P<array>\[)|(?P<data>\{\s*"Data"\s*:\s*\[))?'),
+    "array": re.compile(r"[\s,\ufeff]*(?P<file>\])?"),
+    "data": re.compile(r'[\s,\ufeff]*(?P<file>\](?:\s*,\s*"[^"]*"\s*:\s*(?:"[^"]*"|[\w.+-]+))*\s*\})?'),
+}
+LONGEST_AROUND = 2**12  # characters
 
 
 def _json_values(name, stream):
@@ -1237,46 +1225,29 @@ def _json_values(name, stream):
     A file of any size is read piece by piece. A malformed value ends it: where the next one begins nobody can say.
     """
     decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
-    text, at, line, ended = "", 0, 1, False
-    closing = None  # of the array that is being read
-
-    def more():
-        nonlocal text, at, ended
-        piece = stream.read(2**20)
-        ended = not piece
-        try:
-            text, at = text[at:] + utf8.decode(piece, final=ended), 0
-        except UnicodeDecodeError as error:
-            raise DataError(f"{name}:{line + piece[: error.start].count(10)}: not UTF-8; get the file again") from None
-
-    def passed(pattern):
-        """Whether the pattern matches where the text is read, which then goes on behind it."""
-        nonlocal at, line
-        found = re.compile(pattern).match(text, at)
-        if found:
-            line += found.group().count("\n")
-            at = found.end()
-        return found
-
+    text, at, line, place, needed, ended = "", 0, 1, "file", LONGEST_AROUND, False
     while True:
-        passed(r"[\s,\ufeff]*" if closing else r"[\s\ufeff]*")
-        if not ended and len(text) - at < 2**12:
-            more()
+        if len(text) - at < needed and not ended:
+            piece = stream.read(2**20)
+            ended = not piece
+            try:
+                text, at = text[at:] + utf8.decode(piece, final=ended), 0
+            except UnicodeDecodeError as error:
+                fault = line + text.count("\n", at) + piece[: error.start].count(10)
+                raise DataError(f"{name}:{fault}: not UTF-8; get the file again") from None
             continue
-        if closing and passed(closing):
-            closing = None
-            continue
-        if not closing and at == len(text):
+        around = AROUND_ROWS[place].match(text, at)
+        line, at, place = line + around[0].count("\n"), around.end(), around.lastgroup or place
+        if around.lastgroup or len(text) - at < needed and not ended:
+            continue  # there may be more of it
+        if place == "file" and at == len(text):
             return
-        if not closing and (opening := passed(OPENING)):
-            closing = r"\]" if opening.group() == "[" else CLOSING
-            continue
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             short = len(text) - at < LINE_LIMIT
-            if not ended and short:
-                more()
+            if short and not ended:
+                needed = len(text) - at + 1
                 continue
             fault = line + text.count("\n", at, getattr(error, "pos", at))
             why = f"not valid JSON ({getattr(error, 'msg', error)})"
@@ -1284,8 +1255,7 @@ def _json_values(name, stream):
             why = why if short else f"a value of more than {LINE_LIMIT >> 20} MiB"
             raise DataError(f"{name}:{fault}: {why}; mend it or get the file again") from None
         yield line, value
-        line += text.count("\n", at, end)
-        at = end
+        line, at, needed = line + text.count("\n", at, end), end, LONGEST_AROUND
 
 
 class Usable:
@@ -1788,11 +1758,6 @@ def relative_path(path, folder):
     return os.path.relpath(path.parent.resolve() / path.name, Path(folder).resolve())
 
 
-def path_from(folder, stored):
-    """The path that relative_path wrote into a file in `folder`."""
-    return os.path.normpath(Path(folder).resolve() / stored)
-
-
 # ---------------------------------------------------------------- tokenizers
 
 LLAMA3_PATTERN = (
@@ -2127,9 +2092,6 @@ def main():
     parser.add_argument("--overlap", nargs="+", metavar="NAME", help="a set of facts, then mixing sets: how many of the facts stand in them")
     parser.add_argument("--verbose", action="store_true", help="with --overlap: print the facts")
     args = parser.parse_args()
-    for name in args.names:
-        if name != "all" and not is_own(name):
-            resolve(name)
     if min(args.words, args.slice, 1 if args.limit is None else args.limit) < 1 or args.skip_bad < 0:
         raise DataError("--words, --slice and --limit must be at least 1, --skip-bad at least 0")
     for option, folder in (("--out", args.out), ("--raw", args.raw)):
@@ -2147,6 +2109,8 @@ def main():
             other = places.setdefault(place, name)
             if Path(other).resolve() != Path(name).resolve():
                 raise DataError(f"{name}: would be written to {place}, as {other} is; rename one of the two, or build it with another --out")
+        elif name != "all":
+            resolve(name)
     for name in SETS if "all" in args.names else args.names:
         try:
             options = {"n": args.limit, "seed": args.seed, "words": args.words, "raw": args.raw, "skip_bad": args.skip_bad}

@@ -41,10 +41,9 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, DataError, Parser, at_hand, begin_command,
-    encode_example, examples_of, flat_file, is_name_of_set, json_line, load_examples, load_tokenizer, overlap, path_from,
-    progress_bar, read_lines, read_manifest, relative_path, resolve, set_label, slice_of, slice_size, spelled, start_ids,
-    subjects_of, write_file, write_flat,
+    DEFAULT_WORDS, OVERLAP_LIMIT, PASSAGE, SETS, SLICE, DataError, Parser, at_hand, begin_command, encode_example,
+    examples_of, flat_file, is_name_of_set, json_line, load_examples, load_tokenizer, overlap, progress_bar, read_lines,
+    read_manifest, relative_path, resolve, slice_of, start_ids, subjects_of, write_file, write_flat,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, all_gather, compute_dtype, content_id, end_process_group, fail,
@@ -122,6 +121,11 @@ def ask(model, tokenizer, prompts, max_new_tokens, ends, progress=False, drafts=
 def common_prefix_len(prompts):
     """How many ids all prompts begin with, but for the last of the shortest."""
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=1) - 1)
+
+
+def spelled(tokenizer, answer):
+    """A right answer as a model can write it: a normalizer may have composed its characters, a vocabulary lack some."""
+    return tokenizer.decode(tokenizer.encode(answer, continues=True))
 
 
 def is_correct(prediction, response):
@@ -377,6 +381,11 @@ def familiarity(name, base_model, data="data"):
         raise DataError(f"{name}: not split into what {base_model.name} knows and what not: run python evaluate.py {base_model.path} "
                         f"--split {base}, or take all facts with --unfiltered")  # fmt: skip
     return "unfamiliar"
+
+
+def slice_size(path):
+    """Facts of a slice of the set in a flat file, as the manifest beside it says."""
+    return read_manifest(path).get("slice", SLICE)
 
 
 def split_file(stem, kind, base_model, data="data"):
@@ -728,6 +737,11 @@ def wrong_in_stage(entry):
     return wrong
 
 
+def path_from(folder, stored):
+    """The path that relative_path wrote into a file in `folder`."""
+    return os.path.normpath(Path(folder).resolve() / stored)
+
+
 def with_paths(entry, change):
     """An entry of a lineage whose paths are changed: its folders, and its sets where they are files."""
     files = [key for key in ("data", "mix") if entry[key].endswith(".jsonl")]
@@ -759,6 +773,11 @@ def record(lineage):
 def said(value):
     """A setting's value in a message, of one that is not there or null too."""
     return "unset" if value is None else str(value)
+
+
+def set_label(name):
+    """A data name as files and tables show it: that of a path without folder and .jsonl."""
+    return Path(name).stem if name.endswith(".jsonl") else name
 
 
 def set_names(lineage):

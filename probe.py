@@ -31,14 +31,14 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    DEFAULT_WORDS, DataError, Parser, begin_command, load_examples, load_tokenizer, progress_bar,
-    relative_path, resolve, set_label, spelled,
+    DEFAULT_WORDS, DataError, Parser, begin_command, load_examples, load_tokenizer, progress_bar, relative_path,
+    resolve,
 )
 from evaluate import (
     LENS_FIELDS, MOST, Stage, base_of, check_agreement, check_folder, check_place, check_writable, common_prefix_len,
-    draw_figure4, exact_matches, folders_with, is_correct, is_wrong, kept_rows, label_of, load_set, mix_name, named_sets, picture,
-    questions, read_lineage, read_run, record, resolve_precision, save, set_names, settings_of, shown_weight,
-    stage_set, stage_sets, wrong_fields,
+    draw_figure4, exact_matches, folders_with, is_correct, is_wrong, kept_rows, label_of, load_set, mix_name,
+    named_sets, picture, questions, read_lineage, read_run, record, resolve_precision, save, set_label, set_names,
+    settings_of, shown_weight, spelled, stage_set, stage_sets, wrong_fields,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, content_id, end_process_group, fail, fits_beside,

@@ -67,12 +67,12 @@ from torch.optim.adamw import adamw
 from data import (
     DEFAULT_WORDS, SETS, STOPPING, DataError, Parser, SentencePieceTokenizer, TiktokenTokenizer, at_hand, batches,
     begin_command, encode_example, end_by, flat_file, load_examples, load_tokenizer, lock, progress_bar, read_json,
-    set_label, write_file,
+    write_file,
 )
 from evaluate import (
     STEP_FIELDS, BaseModel, base_of, check_folder, check_vocabulary, common_prefix_len, exact_matches, facts_at_hand,
     familiarity, is_foreign, is_own_log, is_split, load_set, read_lineage, read_rows, record, relative_lineage,
-    resolve_precision, said, settings_of, stage_facts, stage_sets, was_sorted, without_paths, wrong_fields,
+    resolve_precision, said, set_label, settings_of, stage_facts, stage_sets, was_sorted, without_paths, wrong_fields,
 )
 from model import (
     MANIFEST, PRECISIONS, CheckpointError, Config, Packed, SaveError, all_gather, answer_positions, any_rank,

@@ -11,8 +11,8 @@ from conftest import GOLDEN, hub_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
-from data import DataError, encode_example, load_tokenizer, spelled
-from evaluate import is_correct, is_wrong
+from data import DataError, encode_example, load_tokenizer
+from evaluate import is_correct, is_wrong, spelled
 from train import chat_template
 
 ROWS = json.loads((GOLDEN / "tokens.json").read_bytes())
