@@ -37,6 +37,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -478,6 +479,11 @@ class Set:
     streamed: bool = False  # read in file order, no further than needed; else read whole and shuffled by the seed
     folders: tuple = ()  # names other than its own for its folder below raw/
 
+    @property
+    def sliced(self):
+        """Whether it is published facts, of which the second 2,000 make a set of their own, NAME-id."""
+        return self.kind == "factoid" and self.read is not None
+
 
 HUB = "https://huggingface.co/datasets"
 TEXT_FILES = r"\.(jsonl|json|parquet)$"
@@ -560,25 +566,24 @@ def build(name, out="data", n=None, seed=0, words=DEFAULT_WORDS, raw="raw", skip
         (examples, manifest), read = row.build(n, seed, words, raw), []
     else:
         examples, manifest, read = read_published(name, row, n, seed, words, raw, skip_bad, least, fewer)
-    if row is not OWN:
-        check_places([path, flat_file(f"{name}-id", out)] if row.kind == "factoid" and row.read else [path], read)
-    else:
-        manifest["sources"] = {relative_path(name, out): source for source in manifest["sources"].values()}
-    label = path.stem if row is OWN else path.stem.partition(".")[0]
+    check_places([path, flat_file(f"{name}-id", out)] if row.sliced else [path], read)
+    label = path.stem if row is OWN else name
     examples = [{"id": f"{label}-{i}"} | example for i, example in enumerate(examples[:n])]
-    slices = {path: examples}
-    if row.kind == "factoid" and row.read:
+    slices = {path: (label, examples)}
+    if row is OWN:
+        manifest["sources"] = {relative_path(name, out): source for source in manifest["sources"].values()}
+    if row.kind in ("mixing", "own"):
+        manifest["words"] = words
+    if row.sliced:
         # The set itself last: where it is, its second slice is too.
-        slices = {flat_file(f"{name}-id", out): slice_of(examples, size, True), path: slice_of(examples, size, False)}
+        slices = {flat_file(f"{name}-id", out): (f"{name}-id", slice_of(examples, size, True)),
+                  path: (name, slice_of(examples, size, False))}  # fmt: skip
         manifest["slice"] = size
         subjects = {example["id"]: example.pop("subject") for example in examples}
         write_file(path.with_suffix(".subjects.json"), json.dumps(subjects, indent=0, ensure_ascii=False) + "\n")
-    for path, part in slices.items():
-        facts = {"name": path.stem if row is OWN else path.stem.partition(".")[0], "seed": seed, "kept": len(part), "dropped": {}} | manifest
-        if row.kind in ("mixing", "own"):
-            facts["words"] = words
-        write_flat(path, part, facts)
-    return [place for place in sorted(slices, key=lambda place: place != path) if slices[place]]
+    for place, (label, part) in slices.items():
+        write_flat(place, part, {"name": label, "seed": seed, "kept": len(part), "dropped": {}} | manifest)
+    return [place for place in reversed(slices) if slices[place][1]]
 
 
 def is_own(name):
@@ -648,8 +653,8 @@ def resolve(name):
     stem, _, familiarity = name.partition(".")
     second = stem not in SETS and stem.endswith("-id")
     base = stem.removesuffix("-id") if second else stem
-    splits = ("", "familiar", "unfamiliar") if base in SETS and SETS[base].kind == "factoid" else ("",)
-    if base not in SETS or familiarity not in splits or second and (SETS[base].kind != "factoid" or SETS[base].build):
+    row, parts = SETS.get(base), ("", "familiar", "unfamiliar")
+    if not row or familiarity not in parts or (second or familiarity) and not row.sliced:
         if os.path.exists(name):
             read = "not a .jsonl file; build one of it with python data.py" if is_own(name) else f"no file of a kind that is read: {OWN_KINDS}"
             raise DataError(f"{name}: {read}")
@@ -699,7 +704,10 @@ def examples_of(lines, path, name, n, fewer):
         less = ("ask for fewer (for a mix, a lower ratio or shorter passages; train.py and run_all.sh take what there "
                 "is with --fewer)") if not fewer else "leave it out"  # fmt: skip
         raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {less}")
-    examples = [_read_example(path, i, line) for i, line in enumerate(lines, 1)]
+    examples = [attempt(_flat_row, json_row(line), 0) for line in lines]
+    for number, outcome in enumerate(examples, 1):
+        if isinstance(outcome, BadRow):
+            raise DataError(f"{path}:{number}: {outcome}; mend the line, or build a flat file of it with python data.py")
     return examples, hashlib.sha256(b"".join(lines)).hexdigest()
 
 
@@ -750,18 +758,11 @@ def read_lines(path, n):
     return lines
 
 
-def _read_example(path, number, line):
-    try:
-        try:
-            example = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            raise BadRow("not a JSON object in UTF-8") from None
-        if not isinstance(example, dict) or not isinstance(example.get("id"), str):
-            raise BadRow('not an object with an "id" of type string')
-        check_example(example)
-    except BadRow as error:
-        raise DataError(f"{path}:{number}: {error}; mend the line, or build a flat file of it with python data.py") from None
-    return example
+def _flat_row(row, words):
+    """{"id": "kvr-0", "prompt": "The value of key a1b2c3d4 is?", "response": "e5f6g7h8"}"""
+    if not isinstance(row.get("id"), str):
+        raise BadRow('no "id" of type string')
+    return row
 
 
 def check_example(example):
@@ -1142,13 +1143,17 @@ def rows(name, stream):
     else:
         for number, line in lines_of(name, stream):
             if line.strip():
-                try:
-                    row = json.loads(line.decode().removeprefix("\ufeff"))
-                except UnicodeDecodeError:
-                    row = BadRow("not UTF-8")
-                except (ValueError, RecursionError) as error:
-                    row = BadRow(f"not a line of JSON ({getattr(error, 'msg', error)})")
-                yield f"{name}:{number}", row
+                yield f"{name}:{number}", json_row(line)
+
+
+def json_row(line):
+    """What a line of JSON says, or a BadRow."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return BadRow("not UTF-8")
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not a line of JSON ({getattr(error, 'msg', error)})")
 
 
 def lines_of(name, stream):
@@ -1167,21 +1172,21 @@ def _table_rows(name, stream, delimiter):
     while True:
         number = reader.line_num + 1
         try:
-            values = next(reader, None)
+            values = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
             yield number, BadRow(str(error))
             continue
-        if values is None:
-            return
-        if not values:
+        if not values:  # an empty line
             continue
         if any(re.search("[\udc80-\udcff]", value) for value in values):
             yield number, BadRow("not UTF-8")
         elif header is None:
             header = values
-            for column in {*header} - {""}:
-                if header.count(column) > 1:
-                    raise DataError(f"{name}:{number}: names column {column!r} twice; rename one")
+            twice = [column for column in header if column and header.count(column) > 1]
+            if twice:
+                raise DataError(f"{name}:{number}: names column {twice[0]!r} twice; rename one")
         elif len(values) != len(header):
             yield number, BadRow(f"{len(values)} fields, the first line has {len(header)}")
         elif any(value.strip() for column, value in zip(header, values) if not column):
@@ -1389,11 +1394,10 @@ def raw_files(name, row, raw):
     """The published files of a set that are at hand, in order of their names: all below raw/NAME/, or raw/NAME.*"""
     found = [path for path in _beside(name, row, raw)
              if ARCHIVE.search(path.name) or identity(row, os.path.relpath(path, raw))]  # fmt: skip
-    # Of one file's beginnings the longest holds the others.
-    longest = {}
-    for path in sorted((path for path in found if BEGINNING.search(path.name)), key=lambda path: int(BEGINNING.search(path.name)[1])):
+    longest = {}  # of a file and its beginnings the one that holds the others
+    for path in sorted(found, key=_lines_by_name):
         longest[BEGINNING.sub(".", str(path))] = path
-    return [path for path in found if not BEGINNING.search(path.name) or path in longest.values()]
+    return sorted(longest.values())
 
 
 def _beside(name, row, raw):
@@ -1406,12 +1410,17 @@ def _beside(name, row, raw):
 BEGINNING = re.compile(r"\.first-(\d+)\.")  # in the name of a file of which only so many lines were downloaded
 
 
+def _lines_by_name(path):
+    """How many lines of a file were downloaded, as its name says; of a whole one infinitely many."""
+    found = BEGINNING.search(path.name)
+    return int(found[1]) if found else math.inf
+
+
 def lines_of_beginning(files, row):
     """How many lines of a longer file were downloaded, if such a beginning is all there is; else 0."""
-    match = BEGINNING.search(files[0].name) if len(files) == 1 and row.first_lines else None
-    ours = match and BEGINNING.sub(".", files[0].name) in [Path(url).name for url in row.urls]
-    lines = int(match[1]) if ours else 0
-    return lines if lines and _count_lines(files[0]) == lines else 0
+    ours = len(files) == 1 and BEGINNING.sub(".", files[0].name) in [Path(url).name for url in row.urls]
+    lines = _count_lines(files[0]) if ours and row.first_lines else 0
+    return lines if lines == _lines_by_name(files[0]) else 0
 
 
 def read_on(shorter, lines, name, row, raw):
@@ -1453,7 +1462,7 @@ def fetch(name, row, raw, first_lines=0):
 
 # ---------------------------------------------------------------- downloads
 
-ATTEMPTS = 5
+WAITS = (0, 1, 2, 4, 8)  # seconds before each try
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -1483,32 +1492,27 @@ def download(url, target, lines=None):
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     with open(part, "ab") as file:
-        try:
-            lock(file)
-        except BlockingIOError:
-            raise DataError(f"{part}: another process is downloading it; wait for it") from None
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(2 ** (attempt - 1))
+        if not lock(file):
+            raise DataError(f"{part}: another process is downloading it; wait for it")
+        for wait in WAITS:
+            time.sleep(wait)
             try:
                 stated = _fetch(url, file, lines)
                 break
-            except urllib.error.HTTPError as error:
-                fault = f"HTTP status {error.code} {error.reason}"
-                if error.code == 416:  # what lies here is longer than the file there
+            except (OSError, http.client.HTTPException) as error:
+                status, reason = getattr(error, "code", None), getattr(error, "reason", error)
+                fault = f"HTTP status {status} {reason}" if status else str(getattr(reason, "strerror", None) or reason).lower()
+                if status == 416:  # what lies here is longer than the file there
                     file.truncate(0)
-                elif error.code not in (408, 429) and error.code < 500:
+                elif status in range(400, 500) and status not in (408, 429):
                     _forget(part)
                     raise DataError(f"{url}: {fault}") from None
-            except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", error)
-                fault = str(getattr(reason, "strerror", None) or reason).lower()
-                if isinstance(reason, (socket.gaierror, ConnectionRefusedError)):
+                elif isinstance(reason, (socket.gaierror, ConnectionRefusedError)):
                     if not file.tell():
                         _forget(part)
                     raise DataError(f"{url}: not reached ({fault})") from None
         else:
-            raise DataError(f"{url}: given up after {ATTEMPTS} tries ({fault}); run the command again to go on from {file.tell()} bytes")
+            raise DataError(f"{url}: given up after {len(WAITS)} tries ({fault}); run the command again to go on from {file.tell()} bytes")
         try:
             with open(part, "rb") as done:
                 check_start(url, done.read(200))
@@ -1716,9 +1720,7 @@ def locked(path, waiting):
         with contextlib.suppress(FileNotFoundError):  # its folder or itself was removed by whoever had it
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "w")  # noqa: SIM115 (the caller closes it)
-            try:
-                lock(file)
-            except BlockingIOError:
+            if not lock(file):
                 if waiting:
                     print(waiting, file=sys.stderr)
                 waiting = ""
@@ -1728,18 +1730,19 @@ def locked(path, waiting):
 
 
 def lock(file, wait=False):
-    """Take an open file's lock, which ends with the process; BlockingIOError where another has it and this cannot wait.
+    """Take an open file's lock, which ends with the process; returns False where another has it and this does not wait.
 
     On a file system without locks (ENOLCK) a warning, once, says that nothing keeps two processes apart.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise
+        return False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
         _warn_of_no_locks(os.path.dirname(file.name) or ".")
+    return True
 
 
 @functools.cache
@@ -1947,12 +1950,7 @@ def _control_ids(path, tokenizer):
 
 def _begins_with_space(tokenizer):
     """Whether a tokenizer reads more than "a" in the text "a"."""
-    text = "a"
-    if tokenizer.normalizer is not None:
-        text = tokenizer.normalizer.normalize_str(text)
-    if tokenizer.pre_tokenizer is not None:
-        text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
-    return text != "a"
+    return "".join(tokenizer.encode("a", add_special_tokens=False).tokens) != "a"
 
 
 def _without_surrogates(text):
@@ -2062,7 +2060,7 @@ def list_sets(args):
     for name, row in SETS.items():
         path = flat_file(name, args.out, args.words)
         if path.exists():
-            second = flat_file(f"{name}-id", args.out) if row.kind == "factoid" and row.read else None
+            second = flat_file(f"{name}-id", args.out) if row.sliced else None
             state = f"{_count_lines(path)} in {path}" + (f", {_count_lines(second)} in {second}" if second and second.exists() else "")
         elif row.build:
             state = "not built; generated"

@@ -369,7 +369,7 @@ def is_split(name):
     if name.endswith(".jsonl"):
         return False
     base, _, _ = resolve(name)
-    return SETS[base].kind == "factoid" and not SETS[base].build
+    return SETS[base].sliced
 
 
 def familiarity(name, base_model, data="data"):

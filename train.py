@@ -970,10 +970,11 @@ def claim(out, resume):
         out.mkdir(parents=True, exist_ok=True)
         # Open, and so locked, as long as the run.
         log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        lock(log)
+        mine = lock(log)
     except OSError as error:
-        why = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror.lower()
-        raise DataError(f"{out}: {why}; give another --out") from None
+        raise DataError(f"{out}: {error.strerror.lower()}; give another --out") from None
+    if not mine:
+        raise DataError(f"{out}: another run is writing there; give another --out")
     states = sorted(states_in(out))
     for left in [*out.glob("*.[0-9]*.tmp"), *(states if finished else [])]:
         shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -89,7 +89,7 @@ def test_command_line(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ('{"id": "a", "prompt": "p"', "JSON"),
-    ('["a"]', "id"),
+    ('["a"]', "not a JSON object"),
     ('{"prompt": "p", "response": "r"}', "id"),
     ('{"id": "a", "prompt": "p", "response": " "}', "empty"),
     ('{"id": "a", "prompt": 1, "response": "r"}', "prompt"),
