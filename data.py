@@ -59,8 +59,7 @@ from tqdm import tqdm
 try:
     import fcntl
 except ImportError:
-    sys.exit(f"{Path(sys.argv[0]).name}: this system has no file locks (fcntl); run it on Linux, on macOS, or under "
-             "Windows in WSL")  # fmt: skip
+    sys.exit(f"{Path(sys.argv[0]).name}: this system has no file locks (fcntl); use Linux, macOS or Windows' WSL")
 
 
 class DataError(ValueError):
@@ -117,13 +116,11 @@ def turns(example):
 def build_kvr(n, seed, words, raw, half=0):
     """Key-Value Recall (section 2.2): pairs of 8 characters, no string used twice, neither here nor in the other half."""
     rng, alphabet = random.Random(f"kvr {seed}"), string.ascii_lowercase + string.digits
-    seen, strings = set(), []
-    while len(strings) < 4 * n:
-        text = "".join(rng.choices(alphabet, k=8))
-        if text not in seen:
-            seen.add(text)
-            strings.append(text)
-    pairs = list(zip(strings[2 * half :: 4], strings[2 * half + 1 :: 4]))
+    drawn = {}  # in order, each once
+    while len(drawn) < 4 * n:
+        drawn["".join(rng.choices(alphabet, k=8))] = None
+    drawn = list(drawn)
+    pairs = list(zip(drawn[2 * half :: 4], drawn[2 * half + 1 :: 4]))
     return [{"prompt": f"The value of key {key} is?", "response": value} for key, value in pairs], {}
 
 
@@ -153,8 +150,7 @@ def build_bios(n, seed, words, raw, half=0):
 
     while len(people) < 2 * -(-n // len(RELATIONS)):
         person = name()
-        facts = [(question.format(person), rng.choice(values.split()) if values else name()) for question, values in RELATIONS.values()]
-        people.append(facts)
+        people.append([(question.format(person), rng.choice(values.split()) if values else name()) for question, values in RELATIONS.values()])
     facts = [fact for person in people[half::2] for fact in person]
     return [{"prompt": f"Question: {question}\nThe answer is:", "response": answer} for question, answer in facts], {}
 
@@ -682,7 +678,6 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", few
     manifest names.
     """
     path = flat_file(name, data, words)
-    lines = read_lines(path, n) if path.exists() else []
     if not name.endswith(".jsonl"):
         base, _, _ = resolve(name)
         if too_short(path, base, n, data, raw, fewer):
@@ -691,18 +686,16 @@ def load_examples(name, n=None, data="data", words=DEFAULT_WORDS, raw="raw", few
                     known = read_manifest(flat_file(base, data, words))
                     build(base, data, max(n or 0, SETS[base].size), known.get("seed", 0), words, raw,
                           size=known.get("slice", SLICE), least=n or 0, fewer=fewer)  # fmt: skip
-            lines = read_lines(path, n) if path.exists() else []
     elif not path.exists():
         raise DataError(f"{path}: no such file; give a set's name or the path of a .jsonl file that exists")
-    return examples_of(lines, path, name, n, fewer)
+    return examples_of(read_lines(path, n) if path.exists() else [], path, name, n, fewer)
 
 
 def examples_of(lines, path, name, n, fewer):
     """As load_examples, of the lines of a flat file that were read for a data name."""
     if len(lines) < (1 if fewer else n or 1):
         whose = "" if name == str(path) else f" for {name}"
-        less = ("ask for fewer (for a mix, a lower ratio or shorter passages; train.py and run_all.sh take what there "
-                "is with --fewer)") if not fewer else "leave it out"  # fmt: skip
+        less = "leave it out" if fewer else "ask for fewer (a lower ratio, shorter passages), or take what is there: --fewer"
         raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {less}")
     examples = [attempt(_flat_row, json_row(line), 0) for line in lines]
     for number, outcome in enumerate(examples, 1):
@@ -829,25 +822,17 @@ def subjects_of(name, data="data"):
 
 
 def guess_subject(prompt):
-    """The phrases that name what a question is about: its longest run of words with capitals or digits, or else each of
-    its words that is not common."""
-    asked = prompt.removeprefix("Question: ").removesuffix("\nThe answer is:")
-    names = names_in(asked)
-    return [max(names, key=len)] if names else [word for word in word_text(asked).split() if word not in COMMON]
-
-
-def names_in(text):
-    """The runs of words in a text that have capitals or digits, small words between them included; the question word in
-    front of one is none of it."""
+    """The phrases that name what a question is about: its longest run of words with capitals or digits, small words between
+    them included, the question word in front not; or else each of its words that is not common."""
     import regex  # re knows no letters by case
 
-    found = []
-    for name in regex.findall(NAME, text):
+    asked, names = prompt.removeprefix("Question: ").removesuffix("\nThe answer is:"), []
+    for name in regex.findall(NAME, asked):
         words = name.split()
         words = words[1:] if words[0].lower() in COMMON - {"the", "a", "an"} else words
         if len(words) > 1 or words and words[0].lower() not in COMMON:
-            found.append(" ".join(words))
-    return found
+            names.append(" ".join(words))
+    return [max(names, key=len)] if names else [word for word in word_text(asked).split() if word not in COMMON]
 
 
 def overlap(facts, subjects, documents):
@@ -925,8 +910,8 @@ def own(row, words):
 def _own_pair(row, asked, answer, others):
     """The example of a user's row with fields that ask, one that answers, and others with more right answers."""
     answers = texts(row, answer)
-    accepted = answers if isinstance(row[answer], list) else []
-    accepted = accepted + [text for name in others for text in texts(row, name)]
+    more = [answer, *others] if isinstance(row[answer], list) else others
+    accepted = [text for name in more for text in texts(row, name)]
     question = field(row, asked[0])
     if asked[0] == "question" and answer.endswith(("answer", "answers")):
         example = qa(question, answers[0], accepted)
@@ -965,8 +950,8 @@ def check_unread(row, asked, answered=()):
         repeated = all(any(text in other for other in (answers if name in ANSWERED and answered else said)) for text in new)
         holds = isinstance(row[name], str) and all(text in row[name] for text in said)
         if name not in ASKED + ANSWERED + CHATS + DOCUMENTS or not (new and repeated or holds):
-            raise BadRow(f'field "{name}" is not read beside {", ".join(sorted(row.keys() & {*asked, *answered}))}, and without it '
-                         "the row may mean something else; make it part of them, or take it out")  # fmt: skip
+            beside = ", ".join(sorted(row.keys() & {*asked, *answered}))
+            raise BadRow(f'"{name}" is not read beside {beside}, but may change their meaning; put it into them, or take it out')
     return unread
 
 
@@ -1267,10 +1252,9 @@ class Usable:
     """What published files hold."""
 
     def __init__(self, walk):
-        self.walk, self.examples, self.n_rows = walk, [], 0  # rows, usable or not
-        self.dropped = collections.Counter()  # {reason: rows}
-        self.unread = collections.Counter()  # {field of a user's rows that is not read: rows}
-        self.bad = 0  # malformed rows passed over
+        self.walk, self.examples = walk, []
+        self.n_rows = self.bad = 0  # rows, usable or not; malformed ones passed over
+        self.dropped, self.unread = collections.Counter(), collections.Counter()  # {reason: rows}, {field that is not read: rows}
 
 
 def read_usable(name, row, files, n, words, raw, skip_bad):
@@ -1392,11 +1376,10 @@ def some(paths):
 
 def raw_files(name, row, raw):
     """The published files of a set that are at hand, in order of their names: all below raw/NAME/, or raw/NAME.*"""
-    found = [path for path in _beside(name, row, raw)
-             if ARCHIVE.search(path.name) or identity(row, os.path.relpath(path, raw))]  # fmt: skip
     longest = {}  # of a file and its beginnings the one that holds the others
-    for path in sorted(found, key=_lines_by_name):
-        longest[BEGINNING.sub(".", str(path))] = path
+    for path in sorted(_beside(name, row, raw), key=_lines_by_name):
+        if ARCHIVE.search(path.name) or identity(row, os.path.relpath(path, raw)):
+            longest[BEGINNING.sub(".", str(path))] = path
     return sorted(longest.values())
 
 
@@ -1432,8 +1415,7 @@ def read_on(shorter, lines, name, row, raw):
     for file in (replaced, replaced.with_name(f"{replaced.name}.sha256")):
         file.unlink(missing_ok=True)
     if not alike:
-        raise DataError(f"{shorter}: the published file no longer begins so; keep to what is here with --fewer, or remove "
-                        "it and build the sets made from it again")  # fmt: skip
+        raise DataError(f"{shorter}: the published file no longer begins so; take --fewer, or remove it and what it made")
     return longer
 
 
@@ -1449,12 +1431,11 @@ def fetch(name, row, raw, first_lines=0):
     faults = []
     for url in row.urls:
         url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
-        file = Path(url.partition("?")[0]).name
-        if first_lines:
-            file = f"{Path(file).stem}.first-{first_lines}{Path(file).suffix}"
+        file = Path(url.partition("?")[0])
+        target = Path(raw) / name / (f"{file.stem}.first-{first_lines}{file.suffix}" if first_lines else file.name)
         try:
-            download(url, Path(raw) / name / file, first_lines)
-            return Path(raw) / name / file
+            download(url, target, first_lines)
+            return target
         except DataError as error:
             faults.append(str(error))
     raise DataError(f"{name}: {'; '.join(faults)}; try again later, or {put}")
@@ -1470,16 +1451,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     sha256 = None
 
+    def keep(self, headers):
+        tag = (headers.get("X-Linked-ETag") or "").strip('"')
+        self.sha256 = tag if re.fullmatch("[0-9a-f]{64}", tag) else self.sha256
+
     def redirect_request(self, request, file, code, message, headers, url):
-        self.sha256 = _stated_sha256(headers) or self.sha256
+        self.keep(headers)
         if request.full_url.startswith("https:") and not url.startswith("https:"):
             raise DataError(f"{request.full_url}: redirected to {url}, which is not https; download it by hand")
         return super().redirect_request(request, file, code, message, headers, url)
-
-
-def _stated_sha256(headers):
-    tag = (headers.get("X-Linked-ETag") or "").strip('"')
-    return tag if re.fullmatch("[0-9a-f]{64}", tag) else None
 
 
 def download(url, target, lines=None):
@@ -1550,26 +1530,24 @@ def _fetch(url, file, lines):
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")
         # A weak validator cannot vouch for bytes.
         write_file(note, json.dumps({"url": url, "version": None if (version or "").startswith("W/") else version}))
-        length = response.headers.get("Content-Length")
-        size = have + int(length) if length else None
+        size = have + int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
         missing = lines - _count_lines(file.name) if lines else None
         title = f"downloading {Path(file.name).stem}"
         with progress_bar(total=None if lines else size, initial=have, unit="B", unit_scale=True, desc=title) as bar:
             while missing is None or missing > 0:
-                piece = response.read1(2**20)
+                piece = response.readline(2**20) if lines else response.read1(2**20)
                 if not piece:
                     break
                 if lines:
-                    ends = [match.end() for match in re.finditer(b"\n", piece)][:missing]
-                    missing -= len(ends)
-                    piece = piece if missing else piece[: ends[-1]]
+                    missing -= piece.endswith(b"\n")
                 file.write(piece)
                 file.flush()  # what a kill leaves can be continued
                 have += len(piece)
                 bar.update(len(piece))
         if missing != 0 and size is not None and have != size:
             raise http.client.HTTPException(f"ended after {have} of {size} bytes")
-        return None if missing == 0 else _stated_sha256(response.headers) or redirects.sha256
+        redirects.keep(response.headers)
+        return None if missing == 0 else redirects.sha256
 
 
 def _count_lines(path):
@@ -1601,7 +1579,6 @@ def word_list(raw):
 
 
 # ---------------------------------------------------------------- files and processes
-
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 UNFINISHED = set()  # temporary files that are being written
@@ -1645,8 +1622,7 @@ class _Lines(io.TextIOBase):
 
     def write(self, text):
         if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-            sys.stderr.flush()
+            print(text.strip(), file=sys.stderr, flush=True)
 
 
 LINE_SECONDS = 30  # between the lines in a bar's place
@@ -1812,8 +1788,7 @@ class SentencePieceTokenizer:
         self.largest_id = self.vocab_size - 1
         self._newline = self._sp.encode("\n")
         if self._sp.id_to_piece(self._newline)[-1:] != ["<0x0A>"] or min(self.bos_id, self.eos_id) < 0:
-            raise DataError(f"{path}: not a Llama or Mistral tokenizer (no byte tokens, bos or eos); use the model's own "
-                            "file, or its tokenizer.json")  # fmt: skip
+            raise DataError(f"{path}: not a Llama or Mistral tokenizer (no byte tokens, bos or eos); take tokenizer.json")
 
     def encode(self, text, continues=False):
         """Ids of a plain text; SentencePiece begins it with a space, unless it follows a control token or other text."""
@@ -1832,18 +1807,22 @@ class HubTokenizer:
     """tokenizer.json through the tokenizers library, the reference; the files beside it name bos, if any, and eos."""
 
     def __init__(self, path):
-        with _raised_by_library(path):
-            self._tokenizer = _open_tokenizer(path)
-            self.bos_id, self.eos_id = _control_ids(path, self._tokenizer)
-            self._tokenizer.encode_special_tokens = True  # a control token's name in a text is text
-            self.begins_with_space = _begins_with_space(self._tokenizer)
-            self._newline = []
-            if self.begins_with_space:
-                self._newline = self.encode("\n")
-                if self._tokenizer.id_to_token(self._newline[-1]) != "<0x0A>":
-                    raise DataError(f"{path}: a space before every text without byte tokens is not implemented; use "
-                                    "another model")  # fmt: skip
-            self._check_plain_text(path)
+        try:
+            self._read(path)
+        except (DataError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever the library stumbles over; its panics are no Exceptions
+            raise DataError(f"{path}: not read by the tokenizers library ({error}); {TOKENIZER_REMEDY}") from None
+
+    def _read(self, path):
+        self._tokenizer = _open_tokenizer(path)
+        self.bos_id, self.eos_id = _control_ids(path, self._tokenizer)
+        self._tokenizer.encode_special_tokens = True  # a control token's name in a text is text
+        self.begins_with_space = "".join(self._tokenizer.encode("a", add_special_tokens=False).tokens) != "a"
+        self._newline = self.encode("\n") if self.begins_with_space else []
+        if self.begins_with_space and self._tokenizer.id_to_token(self._newline[-1]) != "<0x0A>":
+            raise DataError(f"{path}: begins texts with a space and has no byte tokens; use another model")
+        self._check_plain_text(path)
 
     def _check_plain_text(self, path):
         """Raise DataError if a text can give a control token, or what stands for anything unknown."""
@@ -1885,28 +1864,11 @@ class HubTokenizer:
         return written == [self.bos_id, *self.encode("a")]
 
 
-@contextlib.contextmanager
-def _raised_by_library(path):
-    """Whatever the tokenizers library stumbles over in this block, as a DataError; its panics are no Exceptions."""
-    try:
-        yield
-    except (DataError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise DataError(f"{path}: not a tokenizer that the tokenizers library reads ({error}); "
-                        f"{TOKENIZER_REMEDY}") from None  # fmt: skip
-
-
 def _open_tokenizer(path):
     """The tokenizers library's Tokenizer of a tokenizer.json, which neither cuts nor pads."""
     from tokenizers import Tokenizer
 
-    content = read_file(path, TOKENIZER_REMEDY)
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except ValueError:
-        read_json(path)  # which says so where it is not JSON at all
-        raise
+    tokenizer = Tokenizer.from_buffer(read_file(path, TOKENIZER_REMEDY))
     if getattr(tokenizer.model, "dropout", None):
         raise DataError(f"{path}: dropout, by which a text has other ids each time, is not implemented; set it to null")
     tokenizer.no_truncation()
@@ -1948,11 +1910,6 @@ def _control_ids(path, tokenizer):
     return ids
 
 
-def _begins_with_space(tokenizer):
-    """Whether a tokenizer reads more than "a" in the text "a"."""
-    return "".join(tokenizer.encode("a", add_special_tokens=False).tokens) != "a"
-
-
 def _without_surrogates(text):
     """The text with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
     return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
@@ -1979,8 +1936,7 @@ def load_tokenizer(path):
 
 
 # Digits, white space, contractions, scripts and code: what tokenizers differ in.
-PROBE = ("The key e6395973, in 1996:\n\n  don't  \tGröße naïve, Ёж 你好。 हिन्दी 🙂 $\\frac{1}{2}$ "
-         "def f(x):\r\n        return x**2")  # fmt: skip
+PROBE = "The key e6395973, in 1996:\n\n  don't  \tGröße naïve, Ёж 你好。 हिन्दी 🙂 $\\frac{1}{2}$ f(x):\r\n        return x**2"
 
 
 def warn_of_difference(tokenizer, spec, model):
@@ -1991,8 +1947,7 @@ def warn_of_difference(tokenizer, spec, model):
         print(f"{error}; {spec.name} is taken", file=sys.stderr)
         return
     if not agree:
-        print(f"{model}: gives a text other ids than {spec.name}, which is taken; remove the one that is not the "
-              "model's", file=sys.stderr)  # fmt: skip
+        print(f"{model}: gives other ids than {spec.name}, which is taken; remove the wrong one", file=sys.stderr)
 
 
 def _load_tokenizer_model(path):
@@ -2026,18 +1981,15 @@ def check_facts(name, path, least, most):
     """A DataError unless a set's flat file is so many facts: questions, each with one answer that can be right."""
     examples, _ = load_examples(str(path))
     if not least <= len(examples) <= most:
-        raise DataError(f"{name}: holds {len(examples)} facts, {least} to {most} are asked for; add some, or leave "
-                        "some out")  # fmt: skip
+        raise DataError(f"{name}: holds {len(examples)} facts, {least} to {most} are asked for; add or leave out some")
     asked = {}
     for number, example in enumerate(examples, 1):
         if "messages" in example or example["prompt"].startswith(PASSAGE):
             kind = "chat" if "messages" in example else "passage"
-            raise DataError(f"{name}: its example {number} is a {kind}; give questions with answers, as a prompt and "
-                            "a response")  # fmt: skip
+            raise DataError(f"{name}: its example {number} is a {kind}; give questions, each with its answer")
         first, response = asked.setdefault(example["prompt"], (number, example["response"]))
         if example["response"] != response:
-            raise DataError(f"{name}: its examples {first} and {number} ask the same, {example['prompt']!r}, with "
-                            "other answers; keep one of them")  # fmt: skip
+            raise DataError(f"{name}: its examples {first} and {number} ask the same, {example['prompt']!r}; keep one of them")
 
 
 def report_overlap(names, args):
@@ -2081,11 +2033,9 @@ def main():
     parser.add_argument("--limit", type=int, metavar="N", help="most examples (default: the set's own)")
     parser.add_argument("--words", type=int, default=DEFAULT_WORDS, metavar="W", help="words of a mixing passage (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of generated sets and of the order of published ones (default: 0)")
-    parser.add_argument("--slice", type=int, default=SLICE, metavar="N",
-                        help=f"facts of a published set that are NAME-id's, behind as many of its own (default: {SLICE})")  # fmt: skip
+    parser.add_argument("--slice", type=int, default=SLICE, metavar="N", help=f"facts of a set's second slice (default: {SLICE})")
     parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="pass over at most N malformed rows of a set (default: 0)")
-    parser.add_argument("--facts", type=int, nargs=2, metavar=("LEAST", "MOST"),
-                        help="refuse what is not so many questions with one right answer each")  # fmt: skip
+    parser.add_argument("--facts", type=int, nargs=2, metavar=("LEAST", "MOST"), help="refuse what is not so many facts")
     parser.add_argument("--list", action="store_true", help="list the sets, what is built and where the rest comes from")
     parser.add_argument("--overlap", nargs="+", metavar="NAME", help="a set of facts, then mixing sets: how many of the facts stand in them")
     parser.add_argument("--verbose", action="store_true", help="with --overlap: print the facts")
@@ -2111,12 +2061,9 @@ def main():
             resolve(name)
     for name in SETS if "all" in args.names else args.names:
         try:
-            options = {"n": args.limit, "seed": args.seed, "words": args.words, "raw": args.raw, "skip_bad": args.skip_bad}
-            if is_own(name):
-                paths = build(name, args.out, **options)
-            else:
-                with alone_at(flat_file(resolve(name)[0], args.out)):
-                    paths = build(name, args.out, **options, size=args.slice, least=args.limit or 0, fewer=True)
+            with alone_at(own_flat_file(name, args.out) if is_own(name) else flat_file(resolve(name)[0], args.out)):
+                paths = build(name, args.out, args.limit, args.seed, args.words, args.raw, args.skip_bad, args.slice,
+                              least=args.limit or 0, fewer=True)  # fmt: skip
             for path in paths:
                 manifest = json.loads(path.with_suffix(".json").read_bytes())
                 counts = [f"{count} dropped: {reason}" for reason, count in manifest["dropped"].items()]

@@ -104,7 +104,7 @@ def test_what_a_chat_begins_with(tmp_path):
 
 
 @pytest.mark.parametrize("row, message", [
-    (PAIR | {"text": "Another text."}, 'field "text" is not read beside instruction, output'),
+    (PAIR | {"text": "Another text."}, '"text" is not read beside instruction, output'),
     ({"question": "Which?", "choices": ["a", "b"], "answer": "a"}, '"choices" is not read'),
     ({"question": "Which?", "images": ["a.png"], "answer": "a"}, '"images" is not read'),
     ({"prompt": "P", "response": "R", "question": "Q", "answer": "A"}, '"answer" is not read beside'),
