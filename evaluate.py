@@ -372,6 +372,11 @@ def is_split(name):
     return SETS[base].sliced
 
 
+def names_part(name):
+    """Whether a data name means the familiar or the unfamiliar facts of a set."""
+    return not name.endswith(".jsonl") and resolve(name)[2] != ""
+
+
 def familiarity(name, base_model, data="data"):
     """Which facts of a set are learned: "unfamiliar" of one that is split, "" where the name says so or nothing is split."""
     if not is_split(name) or names_part(name):
@@ -420,11 +425,6 @@ def check_split(path, stem, base_model):
     if whole.exists() and slice_size(whole) != slice_size(path):
         raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not "
                         f"{slice_size(whole)}; remove {split_files(stem, base_model, path.parent)} and {remedy}")  # fmt: skip
-
-
-def names_part(name):
-    """Whether a data name means the familiar or the unfamiliar facts of a set."""
-    return not name.endswith(".jsonl") and resolve(name)[2] != ""
 
 
 def load_set(name, n=None, data="data", words=DEFAULT_WORDS, base_model=None, fewer=False):
