@@ -656,7 +656,7 @@ def resolve(name):
             raise DataError(f"{name}: {read}")
         if is_own(name) or re.search(r"[/\\\\]", name):
             raise DataError(f"{name}: no such file or set")
-        raise DataError(f"no data set {name!r}: choose from {', '.join(SETS)}, NAME-id for a factoid set's second slice, or give the path of a .jsonl file")
+        raise DataError(f"no data set {name!r}: choose from {', '.join(SETS)}, NAME-id, .familiar or .unfamiliar of published facts, or a .jsonl file's path")
     return base, second, familiarity
 
 
@@ -695,7 +695,7 @@ def examples_of(lines, path, name, n, fewer):
     """As load_examples, of the lines of a flat file that were read for a data name."""
     if len(lines) < (1 if fewer else n or 1):
         whose = "" if name == str(path) else f" for {name}"
-        less = "leave it out" if fewer else "ask for fewer (a lower ratio, shorter passages), or take what is there: --fewer"
+        less = "leave it out" if fewer else "ask for fewer (of a mix: a lower ratio, shorter passages), or give train.py --fewer"
         raise DataError(f"{path}: holds {len(lines)} examples{whose}, {n or 'some'} are asked for; {less}")
     examples = [attempt(_flat_row, json_row(line), 0) for line in lines]
     for number, outcome in enumerate(examples, 1):
@@ -719,9 +719,9 @@ def too_short(path, base, n, data, raw, fewer=False):
 
 
 def at_hand(name, n, data="data", words=DEFAULT_WORDS, raw="raw"):
-    """How many of the n examples that are asked for a set has, as far as files here tell; None where a download must tell.
+    """How many of the n examples that are asked for a set has, as far as files here tell; None where nothing here tells.
 
-    Builds what can be without one.
+    Builds what can be without a download.
     """
     if name.endswith(".jsonl"):
         return len(read_lines(Path(name), n)) if Path(name).exists() else None
@@ -802,7 +802,7 @@ def batches(n, batch_size, epochs, seed):
 
 OVERLAP_LIMIT = 0.013  # appendix B.6: the paper's sets stay below
 CAPITALIZED = r"[\w\p{N}'.-]*[\p{Uppercase}\p{N}][\w\p{N}'.-]*"  # a word with a capital or a digit: Ágnes, iPhone, 4
-NAME = rf"{CAPITALIZED}(?:\s+(?:(?:of|the|and|de|la|van|von)\s+)*{CAPITALIZED})*"
+NAME = rf"(?<![\w\p{{N}}'.-]){CAPITALIZED}(?:\s+(?:(?:of|the|and|de|la|van|von)\s+)*{CAPITALIZED})*"
 COMMON = set("a an the of in on at to for by and or is was were are did does do what which who whom whose where when how why name".split())
 
 
@@ -1401,9 +1401,9 @@ def _lines_by_name(path):
 
 def lines_of_beginning(files, row):
     """How many lines of a longer file were downloaded, if such a beginning is all there is; else 0."""
-    ours = len(files) == 1 and BEGINNING.sub(".", files[0].name) in [Path(url).name for url in row.urls]
-    lines = _count_lines(files[0]) if ours and row.first_lines else 0
-    return lines if lines == _lines_by_name(files[0]) else 0
+    lines = _lines_by_name(files[0]) if len(files) == 1 and row.first_lines else math.inf
+    ours = lines < math.inf and BEGINNING.sub(".", files[0].name) in [Path(url).name for url in row.urls]
+    return lines if ours and _count_lines(files[0]) == lines else 0
 
 
 def read_on(shorter, lines, name, row, raw):
@@ -1415,7 +1415,7 @@ def read_on(shorter, lines, name, row, raw):
     for file in (replaced, replaced.with_name(f"{replaced.name}.sha256")):
         file.unlink(missing_ok=True)
     if not alike:
-        raise DataError(f"{shorter}: the published file no longer begins so; take --fewer, or remove it and what it made")
+        raise DataError(f"{shorter}: the published file no longer begins so; use --fewer, or remove it and build its sets again")
     return longer
 
 
@@ -1484,7 +1484,7 @@ def download(url, target, lines=None):
                 fault = f"HTTP status {status} {reason}" if status else str(getattr(reason, "strerror", None) or reason).lower()
                 if status == 416:  # what lies here is longer than the file there
                     file.truncate(0)
-                elif status in range(400, 500) and status not in (408, 429):
+                elif status and status < 500 and status not in (408, 429):
                     _forget(part)
                     raise DataError(f"{url}: {fault}") from None
                 elif isinstance(reason, (socket.gaierror, ConnectionRefusedError)):
@@ -1818,7 +1818,7 @@ class HubTokenizer:
         self._tokenizer = _open_tokenizer(path)
         self.bos_id, self.eos_id = _control_ids(path, self._tokenizer)
         self._tokenizer.encode_special_tokens = True  # a control token's name in a text is text
-        self.begins_with_space = "".join(self._tokenizer.encode("a", add_special_tokens=False).tokens) != "a"
+        self.begins_with_space = not "".join(self._tokenizer.encode("a", add_special_tokens=False).tokens).startswith("a")
         self._newline = self.encode("\n") if self.begins_with_space else []
         if self.begins_with_space and self._tokenizer.id_to_token(self._newline[-1]) != "<0x0A>":
             raise DataError(f"{path}: begins texts with a space and has no byte tokens; use another model")
@@ -1989,7 +1989,7 @@ def check_facts(name, path, least, most):
             raise DataError(f"{name}: its example {number} is a {kind}; give questions, each with its answer")
         first, response = asked.setdefault(example["prompt"], (number, example["response"]))
         if example["response"] != response:
-            raise DataError(f"{name}: its examples {first} and {number} ask the same, {example['prompt']!r}; keep one of them")
+            raise DataError(f"{name}: examples {first} and {number} give other answers to {example['prompt']!r}; keep one of them")
 
 
 def report_overlap(names, args):

@@ -372,14 +372,14 @@ def is_split(name):
     return SETS[base].sliced
 
 
-def names_part(name):
+def is_part(name):
     """Whether a data name means the familiar or the unfamiliar facts of a set."""
     return not name.endswith(".jsonl") and resolve(name)[2] != ""
 
 
 def familiarity(name, base_model, data="data"):
     """Which facts of a set are learned: "unfamiliar" of one that is split, "" where the name says so or nothing is split."""
-    if not is_split(name) or names_part(name):
+    if not is_split(name) or is_part(name):
         return ""
     base = resolve(name)[0]
     if not split_file(base, "unfamiliar", base_model, data).exists():
@@ -429,7 +429,7 @@ def check_split(path, stem, base_model):
 
 def load_set(name, n=None, data="data", words=DEFAULT_WORDS, base_model=None, fewer=False):
     """As load_examples, where a name such as popqa-id.unfamiliar means the facts that base_model does not know."""
-    if not base_model or not names_part(name):
+    if not base_model or not is_part(name):
         return load_examples(name, n, data, words, fewer=fewer)
     base, second, kind = resolve(name)
     path = split_file(base, kind, base_model, data)
@@ -439,8 +439,8 @@ def load_set(name, n=None, data="data", words=DEFAULT_WORDS, base_model=None, fe
 
 
 def facts_at_hand(name, n, data="data", words=DEFAULT_WORDS, base_model=None):
-    """As at_hand; of facts that a base model has been asked, how many it knows or does not, before as many as there can be."""
-    if not base_model or not names_part(name) or not was_sorted(name, base_model, data):
+    """As at_hand; of a part such as popqa.familiar how many facts it holds, before the model was asked how many at most."""
+    if not base_model or not is_part(name) or not was_sorted(name, base_model, data):
         return at_hand(name, n, data, words)
     base, second, kind = resolve(name)
     split, whole = split_file(base, kind, base_model, data), flat_file(base, data)

@@ -380,6 +380,7 @@ class Attention(nn.Module):
         if packed is not None:
             qkv = packed.unpack(qkv)
         qk, v = qkv.transpose(1, 2).split((H + K, K), dim=1)
+        v = v.contiguous()  # as a slice it would keep all heads, not yet rotated, for the backward pass
         q, k = rotate(qk, cos, sin).split((H, K), dim=1)
         if cached is not None:
             k, v = cached(k, v)

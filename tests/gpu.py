@@ -24,10 +24,10 @@ One NVIDIA H200 has run it, twice (torch 2.11.0, Python 3.12.3). Of `correct` 15
 SIGTERM and --resume to the bit). 8B, a rank of 8, planned and allocated: all kept 39.9 and 38.5 GB, weights gathered for each pass
 26.4 and 25.0, recomputed 21.0 and 19.3; steps of 918 tokens in 244, 277 and 390 ms, the device idle for 40 to 52% of them; one wait
 of the host. Speed beside transformers', later: an eager step 0.50 and 0.98 in micro-batches of 8,192 and 16,384 (FAIL; 0.49 and 0.84
-before heads were unpacked and rotated side by side), 2,000 answers 0.95 (FAIL), verdicts alone 5.07. Compiled (an earlier commit: 0.95
-and 1.57) it failed on strides of slices' gradients, which torch 2.11 compiles as constants; attend makes them whole since, not yet
-seen on a GPU. Science with --facts 1000, seeds 0 and 1, all stages at 100% of their own facts: of KVR 2.0 and 2.1% were left with no
-mix, 33.3 and 23.1% with random, 35.7 and 25.6% with its rows taken out.
+before heads were unpacked and rotated side by side; since then a layer copies its values once), 2,000 answers 0.95 (FAIL), verdicts
+alone 5.07. Compiled (an earlier commit: 0.95 and 1.57) it failed on strides of slices' gradients, which torch 2.11 compiles as
+constants; attend makes them whole since, not yet seen on a GPU. Science with --facts 1000, seeds 0 and 1, all stages at 100% of
+their own facts: of KVR 2.0 and 2.1% were left with no mix, 33.3 and 23.1% with random, 35.7 and 25.6% with its rows taken out.
 """
 
 import argparse

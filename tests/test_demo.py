@@ -119,7 +119,7 @@ def test_ctrl_c(undisturbed, python, tmp_path):
 @pytest.mark.parametrize("name, content, says", [
     ("few.jsonl", FACTS[:7], "holds 7 facts, 8 to 500 are asked for"), ("many.jsonl", [{"prompt": f"{i}?", "response": "a"} for i in range(501)], "holds 501 facts"),
     ("chats.jsonl", [CHAT] * 9, "its example 1 is a chat"), ("texts.jsonl", [{"text": "a " * 200}] * 9, "its example 1 is a passage"),
-    ("two.jsonl", [{"question": "Who?", "answer": str(i)} for i in range(9)], "its examples 1 and 2 ask the same"),
+    ("two.jsonl", [{"question": "Who?", "answer": str(i)} for i in range(9)], "examples 1 and 2 give other answers to"),
     ("other.jsonl", [*FACTS, {"x": 1}], ":10: no example: questions are prompt, "), ("bios.jsonl", FACTS, "rename it"), ("none.jsonl", None, "no such file"),
 ])  # fmt: skip
 def test_files_that_do_not_serve(python, tmp_path, name, content, says):

@@ -527,7 +527,7 @@ def test_fewer_where_no_more_can_be_fetched(tmp_path, server, monkeypatch):
     changed = b"".join(json.dumps({"content": "other " * 20}).encode() + b"\n" for _ in range(9))
     server.answer = lambda handler, count: send(handler, changed)
     beginning = rows(*(tmp_path / "raw/k-pile").glob("*.jsonl"))
-    with pytest.raises(DataError, match=r"first-3\.jsonl: the published file no longer begins so; take --fewer, or remove it"):
+    with pytest.raises(DataError, match=r"first-3\.jsonl: the published file no longer begins so; use --fewer, or remove it and build its sets again"):
         load_examples("k-pile", 5, **there)
     assert rows(*(tmp_path / "raw/k-pile").glob("*.jsonl")) == beginning
 
