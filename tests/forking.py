@@ -7,33 +7,21 @@ and open files (with a run's lock among them) to a fork in its own process group
 import atexit
 import contextlib
 import functools
-import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
-import types
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-COMPILED = {}  # (path, size, time of its last change) of each script: its code
 
 
 def serve(address):
-    sys.path.insert(0, str(ROOT))
-    import matplotlib.pyplot  # noqa: F401
-    import regex  # noqa: F401
-    import tiktoken  # noqa: F401
-    import torch._dynamo  # noqa: F401
+    import warm  # noqa: F401
 
-    import probe  # noqa: F401
-
-    for script in ROOT.glob("*.py"):
-        COMPILED[state_of(script)] = compile(script.read_bytes(), str(script), "exec")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
@@ -41,26 +29,12 @@ def serve(address):
     os.close(1)  # start_server waits for that
     os.dup2(2, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
-    gc.freeze()  # or every fork's collection would copy all of this
     while True:
         connection, _ = listener.accept()
         if not os.fork():
             listener.close()
             become(connection)
         connection.close()
-
-
-def state_of(path):
-    return str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns
-
-
-def run_script(path):
-    """Be the module __main__ of a script, as python does."""
-    code = COMPILED.get(state_of(path)) or compile(Path(path).read_bytes(), path, "exec")
-    module = types.ModuleType("__main__")
-    module.__file__ = path
-    sys.modules["__main__"] = module
-    exec(code, module.__dict__)
 
 
 def draw_less(how):
@@ -116,12 +90,13 @@ def become(connection):
     atexit._clear()  # what is called at the end is what the script asks for
     try:
         import torch
+        import warm
 
         if how := os.environ.get("PICTURES"):
             draw_less(how)
         if backend := os.environ.get("COMPILER"):
             torch.compile = functools.partial(torch.compile, backend=backend)
-        run_script(sys.argv[0])
+        warm.run_script(sys.argv[0])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -131,6 +106,26 @@ def become(connection):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def become_process(folder, output, environ, script, args):
+    """The same for a process of multiprocessing: be `python SCRIPT ARGS` in a folder, all that is printed going to file output."""
+    import torch
+    import warm
+
+    os.chdir(folder)
+    os.environ.update(environ)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [script, *args]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background inherit that it is ignored
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.2))  # a failed rank waits for torchrun to end it, which is not here
+    torch.set_num_threads(1)
+    if "FILE_LIMIT" in environ:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(environ["FILE_LIMIT"]),) * 2)
+    warm.run_script(str(warm.ROOT / script))
 
 
 CLIENT = """#!{python} -IS
