@@ -42,6 +42,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes long, or costs much for what it tells; runs with --long")
+    # Before any test imports PyTorch: models this small gain nothing from threads, which wait for each other wherever a core is busy.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config, items):

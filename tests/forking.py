@@ -7,33 +7,21 @@ and open files (with a run's lock among them) to a fork in its own process group
 import atexit
 import contextlib
 import functools
-import gc
-import json
+import marshal
 import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
-import types
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-COMPILED = {}  # (path, size, time of its last change) of each script: its code
 
 
 def serve(address):
-    sys.path.insert(0, str(ROOT))
-    import matplotlib.pyplot  # noqa: F401
-    import regex  # noqa: F401
-    import tiktoken  # noqa: F401
-    import torch._dynamo  # noqa: F401
+    import warm  # noqa: F401
 
-    import probe  # noqa: F401
-
-    for script in ROOT.glob("*.py"):
-        COMPILED[state_of(script)] = compile(script.read_bytes(), str(script), "exec")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
@@ -41,7 +29,6 @@ def serve(address):
     os.close(1)  # start_server waits for that
     os.dup2(2, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
-    gc.freeze()  # or every fork's collection would copy all of this
     while True:
         connection, _ = listener.accept()
         if not os.fork():
@@ -50,21 +37,9 @@ def serve(address):
         connection.close()
 
 
-def state_of(path):
-    return str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns
-
-
-def run_script(path):
-    """Be the module __main__ of a script, as python does."""
-    code = COMPILED.get(state_of(path)) or compile(Path(path).read_bytes(), path, "exec")
-    module = types.ModuleType("__main__")
-    module.__file__ = path
-    sys.modules["__main__"] = module
-    exec(code, module.__dict__)
-
-
 def draw_less(how):
-    """For tests that are about something else: "once" draws no picture again that is there, "none" leaves empty files."""
+    """For tests that are about something else: "once" draws a picture that is there already no second time, and lays out none; "none"
+    leaves empty files."""
     from matplotlib.figure import Figure
 
     draw = Figure.savefig
@@ -76,6 +51,7 @@ def draw_less(how):
         elif path.exists():
             shutil.copyfile(path, temporary)
         else:
+            figure.set_layout_engine("none")  # half of what a picture takes
             draw(figure, temporary, **options)
 
     Figure.savefig = savefig
@@ -89,7 +65,7 @@ def stream(number, errors):
 def become(connection):
     """Be the command that a client asks for, to the end."""
     message, files, _, _ = socket.recv_fds(connection, 2**20, 64)
-    asked = json.loads(message or os._exit(0))  # the client has been killed
+    asked = marshal.loads(message or os._exit(0))  # the client has been killed
     os.setpgid(0, asked["group"])  # fails where its group has been
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN if asked["no_sigint"] else signal.default_int_handler)
@@ -116,12 +92,13 @@ def become(connection):
     atexit._clear()  # what is called at the end is what the script asks for
     try:
         import torch
+        import warm
 
         if how := os.environ.get("PICTURES"):
             draw_less(how)
         if backend := os.environ.get("COMPILER"):
             torch.compile = functools.partial(torch.compile, backend=backend)
-        run_script(sys.argv[0])
+        warm.run_script(sys.argv[0])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -133,19 +110,40 @@ def become(connection):
     os._exit(status)
 
 
+def become_process(folder, output, environ, script, args):
+    """The same for a process of multiprocessing: be `python SCRIPT ARGS` in a folder, all that is printed going to file output."""
+    import torch
+    import warm
+
+    os.chdir(folder)
+    os.environ.update(environ)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [script, *args]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background inherit that it is ignored
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.2))  # a failed rank waits for torchrun to end it, which is not here
+    torch.set_num_threads(1)
+    if "FILE_LIMIT" in environ:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(environ["FILE_LIMIT"]),) * 2)
+    warm.run_script(str(warm.ROOT / script))
+
+
+# Of what Python is made in, as json, signal and socket alone would take twice as long to begin as the rest.
 CLIENT = """#!{python} -IS
-import json, os, signal, socket, sys
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+import _signal, _socket, array, marshal, os, sys
+_signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGTERM])
 files = sorted(fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{{fd}}"))
-server = socket.socket(socket.AF_UNIX)
+server = _socket.socket(_socket.AF_UNIX)
 server.connect("{address}")
 asked = {{"argv": sys.argv[1:], "folder": os.getcwd(), "environ": dict(os.environ), "group": os.getpgrp(),
-         "no_sigint": signal.getsignal(signal.SIGINT) == signal.SIG_IGN}}
-socket.send_fds(server, [json.dumps(asked).encode()], files)
-told = server.makefile()
+         "no_sigint": _signal.getsignal(_signal.SIGINT) == _signal.SIG_IGN}}
+server.sendmsg([marshal.dumps(asked)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", files))])
+told = open(server.fileno(), "rb", closefd=False)
 fork = int(told.readline() or sys.exit(137))
-signal.signal(signal.SIGTERM, lambda *_: os.kill(fork, signal.SIGTERM))
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+_signal.signal(_signal.SIGTERM, lambda *_: os.kill(fork, _signal.SIGTERM))
+_signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGTERM])
 sys.exit(int(told.readline() or 137))
 """
 

@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
-import runpy
 import shutil
 import signal
 import socket
@@ -19,6 +17,7 @@ import subprocess
 import sys
 import time
 
+import forking
 import gguf
 import pytest
 import torch
@@ -40,30 +39,13 @@ TRAIN = [*map(str, COMMON), "--epochs", "10", "--save-every", "4"]
 
 @pytest.fixture(scope="module")
 def server():
-    """A process that has imported PyTorch and the scripts, and forks one for each command."""
+    """A process that is warm, and forks one for each command."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["warm", "forking"])
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     context.Process(target=int).start()
     del os.environ["PYTHONPATH"]
     return context
-
-
-def command(folder, output, environ, script, args):
-    """Become `python SCRIPT ARGS` in a folder, all that is printed going to file output."""
-    os.chdir(folder)
-    os.environ.update(environ)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.argv = [script, *args]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background inherit that it is ignored
-    sleep = time.sleep
-    time.sleep = lambda seconds: sleep(min(seconds, 0.2))  # a failed rank waits for torchrun to end it, which is not here
-    torch.set_num_threads(1)
-    if "FILE_LIMIT" in environ:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(environ["FILE_LIMIT"]),) * 2)
-    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def start(server, folder, *args, ranks=1, script="train.py", **environ):
@@ -76,7 +58,7 @@ def start(server, folder, *args, ranks=1, script="train.py", **environ):
     for rank in range(ranks):
         ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in (ours | environ).items()}
-        processes.append(server.Process(target=command, args=(folder, folder / "output.txt", environment, script, [str(a) for a in args])))
+        processes.append(server.Process(target=forking.become_process, args=(folder, folder / "output.txt", environment, script, [str(a) for a in args])))
         processes[-1].start()
     return processes
 
@@ -841,8 +823,9 @@ ODD = {  # file: changes of fields
 
 
 @pytest.mark.parametrize("file", ODD)
-def test_odd_records(evaluated, tmp_path, file):
+def test_odd_records(evaluated, tmp_path, file, monkeypatch):
     """Records whose fields have odd types end the tables in one line; a byte order mark does no harm."""
+    monkeypatch.setenv("PICTURES", "none")
     shutil.copytree(evaluated, tmp_path / "runs", ignore=shutil.ignore_patterns("*.safetensors"))
     path = tmp_path / "runs/two" / file
     text = path.read_text()

@@ -18,13 +18,8 @@ PROMPTS = [[1, 5, 9], [7] * 30 + [8, 3], [2], list(range(40, 60))]  # two of the
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and lose a lot where the cores are busy."""
+def seeded():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield threads
-    torch.set_num_threads(threads)
 
 
 def load(name):
@@ -47,10 +42,9 @@ def test_logits_equal_transformers(name):
 
 
 @torch.no_grad()
-def test_smollm2_logits_equal_transformers(smollm2_folder, one_thread, whole):
+def test_smollm2_logits_equal_transformers(smollm2_folder, whole):
     """A pretrained model: our conversion's logits on English text equal those of transformers, which read the GGUF file itself. At the
     text's first positions, or also 4,000 tokens on."""
-    torch.set_num_threads(one_thread)  # all of them
     model, golden = load_model(smollm2_folder, torch.float32), load_file(GOLDEN / "smollm2.safetensors")
     here = golden["positions"] < (4100 if whole else 257)
     text, positions = golden["text"][: int(golden["positions"][here].max()) + 1].long(), golden["positions"][here]
