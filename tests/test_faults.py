@@ -209,6 +209,7 @@ def slow_run(work, out):
     return torchrun, sorted(map(int, children.stdout.split()))
 
 
+@pytest.mark.long
 def test_one_rank_dies(work):
     """kill -9 of one rank ends the whole job within a minute, and torchrun names the signal."""
     torchrun, ranks = slow_run(work, "rank-died")

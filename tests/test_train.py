@@ -219,7 +219,8 @@ def test_two_ranks_answer_as_one(work):
 
 
 def test_qwen3(tmp_path, python, whole):
-    """A tiny Qwen3 with the hub's tokenizer, which composes Unicode and has no bos: learned, asked and probed; two ranks and a resumed run learn the same."""
+    """A tiny Qwen3 with the hub's tokenizer, which composes Unicode and has no bos: learned, asked and probed. --long: two ranks and a resumed
+    run learn the same."""
     model = tiny_llama(tmp_path / "models/qwen3", model_type="qwen3", vocab_size=151936, head_dim=12, tie_word_embeddings=True)
     (model / "tokenizer.model").unlink()
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -232,15 +233,15 @@ def test_qwen3(tmp_path, python, whole):
     run(tmp_path, "train.py", *command, "--out", "one")
     if whole:
         run(tmp_path, "train.py", *command, "--out", "two", ranks=2)
-    process = subprocess.Popen([python, ROOT / "train.py", *map(str, command), "--out", "stopped"], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not ((log := tmp_path / "stopped/metrics.jsonl").exists() and len(log.read_text().splitlines()) > 9):
-        time.sleep(0.01)
-    process.terminate()
-    assert process.wait(60) == 143
-    run(tmp_path, "train.py", *command, "--out", "stopped", "--resume")
-    losses = [row["loss"] for row in metrics(tmp_path / "one")]
-    for other in ("two", "stopped") if whole else ("stopped",):
-        assert [row["loss"] for row in metrics(tmp_path / other)] == pytest.approx(losses, rel=1e-3)
+        process = subprocess.Popen([python, ROOT / "train.py", *map(str, command), "--out", "stopped"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not ((log := tmp_path / "stopped/metrics.jsonl").exists() and len(log.read_text().splitlines()) > 9):
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 143
+        run(tmp_path, "train.py", *command, "--out", "stopped", "--resume")
+        losses = [row["loss"] for row in metrics(tmp_path / "one")]
+        for other in ("two", "stopped"):
+            assert [row["loss"] for row in metrics(tmp_path / other)] == pytest.approx(losses, rel=1e-3)
     asked = run(tmp_path, "evaluate.py", "one").stdout
     assert "4        4    100.0%" in asked
     probed = run(tmp_path, "probe.py", "one").stdout
