@@ -82,8 +82,7 @@ def encode_example(tokenizer, example, max_length=2048):
     """
     ids = start_ids(tokenizer)
     labels = [-100] * len(ids)
-    told = system(example)
-    before = "" if told is None else f"<|system|>\n{told}\n"
+    before = "" if (told := system(example)) is None else f"<|system|>\n{told}\n"
     for turn, (prompt, response) in enumerate(turns(example)):
         asked = tokenizer.encode(f"{before}<|user|>\n{prompt}\n<|assistant|>\n", continues=turn > 0)
         answer = tokenizer.encode(response, continues=True) + [tokenizer.eos_id]
@@ -899,8 +898,7 @@ def own(row, words):
         return generic(row, words) | {"unread": unread}
     else:
         lacks = f'no answer beside "{asked[0]}"' if asked else f'no question beside "{answered[0]}"' if answered else "no example"
-        raise BadRow(f"{lacks}: questions are {', '.join(ASKED)}, answers {', '.join(ANSWERED)}, chats {', '.join(CHATS)}, "
-                     f"documents {', '.join(DOCUMENTS)}")  # fmt: skip
+        raise BadRow(f"{lacks}: questions are {', '.join(ASKED)}, answers {', '.join(ANSWERED)}; or {', '.join(CHATS + DOCUMENTS)}")
     check_verdict(row)
     if told:
         example["messages"].insert(0, {"role": "system", "content": field(row, told[0])})
@@ -1042,11 +1040,9 @@ def identity(row, path):
 
 def form(row, identity):
     """The same for files that may lie side by side, each another part of the set."""
-    if row.streamed:
-        return None
     if row.parts:
         return os.path.splitext(identity)[1] if identity.endswith((".jsonl", ".parquet")) else "a folder"
-    return re.sub(r"\d+(?=(-of-\d+)?\.\w+$)", "#", identity, count=1)
+    return None if row.streamed else re.sub(r"\d+(?=(-of-\d+)?\.\w+$)", "#", identity, count=1)
 
 
 class Walk:
@@ -1131,10 +1127,17 @@ def rows(name, stream):
                 yield f"{name}:{number}", json_row(line)
 
 
+def _object(pairs):
+    """A JSON object; a BadRow where it names a field twice, as one of the two values would be dropped."""
+    if len(dict(pairs)) < len(pairs):
+        raise BadRow("a field twice in one object")
+    return dict(pairs)
+
+
 def json_row(line):
     """What a line of JSON says, or a BadRow."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError:
         return BadRow("not UTF-8")
     except (ValueError, RecursionError) as error:
@@ -1214,7 +1217,7 @@ def _json_values(name, stream):
 
     A file of any size is read piece by piece. A malformed value ends it: where the next one begins nobody can say.
     """
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    decoder, utf8 = json.JSONDecoder(object_pairs_hook=_object), codecs.getincrementaldecoder("utf-8")()
     text, at, line, place, needed, ended = "", 0, 1, "file", LONGEST_AROUND, False
     while True:
         if len(text) - at < needed and not ended:
@@ -1236,7 +1239,7 @@ def _json_values(name, stream):
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             short = len(text) - at < LINE_LIMIT
-            if short and not ended:
+            if short and not ended and not isinstance(error, BadRow):
                 needed = len(text) - at + 1
                 continue
             fault = line + text.count("\n", at, getattr(error, "pos", at))
@@ -1259,9 +1262,8 @@ class Usable:
 
 def read_usable(name, row, files, n, words, raw, skip_bad):
     """The Usable of a set's files, as few rows read as n examples take where the set is streamed."""
-    walk = Walk(row, files, raw if row.wanted else None)
-    usable = Usable(walk)
-    found = row.read(walk, words)
+    usable = Usable(Walk(row, files, raw if row.wanted else None))
+    found = row.read(usable.walk, words)
     for where, outcome in progress_bar(found, desc=f"reading {Path(name).name}", unit=" rows"):
         usable.n_rows += 1
         if isinstance(outcome, dict):
@@ -1278,8 +1280,8 @@ def read_usable(name, row, files, n, words, raw, skip_bad):
             if usable.bad > skip_bad:
                 raise DataError(f"{where}: {outcome}; mend it, or pass over up to N such rows with --skip-bad N")
     found.close()
-    if walk.copies:
-        print(f"{some(walk.copies)}: passed over, as a file of that name was read from another place", file=sys.stderr)
+    if usable.walk.copies:
+        print(f"{some(usable.walk.copies)}: passed over, as a file of that name was read from another place", file=sys.stderr)
     if row.published not in (0, usable.n_rows):
         print(f"{name}: {usable.n_rows} rows in {os.path.commonpath(files)}, the published set has {row.published}; see that "
               "it is the whole set and nothing else", file=sys.stderr)  # fmt: skip
@@ -1592,7 +1594,6 @@ def begin_command(advice):
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
 
     def end(number, _):
         # No exception: PyTorch turns one that comes in the middle of it into others. No print: it may come in one.
@@ -1604,7 +1605,7 @@ def begin_command(advice):
 
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background have it
-            signal.signal(number, end if alone else signal.SIG_DFL)
+            signal.signal(number, end if os.environ.get("WORLD_SIZE", "1") == "1" else signal.SIG_DFL)
 
 
 def end_by(number):
@@ -1742,8 +1743,7 @@ def relative_path(path, folder):
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3_CONTROL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the first two of 256 control tokens behind the text's tokens
-LLAMA3_N_CONTROL = 256
+LLAMA3_N_CONTROL = 256  # control tokens behind the text's: the first is bos, the second eos
 TOKENIZER_REMEDY = "copy the model's tokenizer files there"
 
 
@@ -1758,7 +1758,7 @@ class TiktokenTokenizer:
         self._bytes = {i: token for token, i in ranks.items()}
         self._pieces = regex.compile(LLAMA3_PATTERN)
         self.vocab_size = len(ranks) + LLAMA3_N_CONTROL
-        self.bos_id, self.eos_id = (len(ranks) + i for i in range(len(LLAMA3_CONTROL)))
+        self.bos_id, self.eos_id = len(ranks), len(ranks) + 1
         self.largest_id = self.eos_id  # that a text, bos or eos can have
 
     def encode(self, text, continues=False):

@@ -336,7 +336,8 @@ def attend(q, k, v, mask):
     # Compiled, its loop would be compiled anew for each length.
     if q.device.type == "cpu" and mask is None and not torch.compiler.is_compiling():
         q = (q * D**-0.5).reshape(B * K, groups, T, D)
-        return CausalAttention.apply(q, k.reshape(B * K, S, D), v.reshape(B * K, S, D)).view(B, K * groups, T, D)
+        k, v = k.reshape(B * K, S, D).contiguous(), v.reshape(B * K, S, D)  # no slice, which would keep all heads
+        return CausalAttention.apply(q, k, v).view(B, K * groups, T, D)
     if q.device.type == "cpu" and mask is not None and T <= 256:
         # For short texts PyTorch's fused CPU kernel is several times slower.
         q = q.reshape(B, K, groups * T, D) * D**-0.5

@@ -232,7 +232,7 @@ def test_spreadsheets(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"a":1} [{"a":2},{"a":3}]', '[{"a":1}] [{"a":2},\n{"a":3}]', '{"Data": [{"a":1}], "V": 1.0}\n{"Data":[{"a":2},{"a":3}]}',
-                                     '[{"a":1}]\ufeff{"a":2}{"a":3}', '{"Data" : [{"a":1},{"a":2}], "Domain": "x", "OK": true}{"a":3}'])  # fmt: skip
+                                     '[{"a":1}]\ufeff{"a":2}{"a":3}', '{"a":1},\n{"a":2},\n[{"a":3}],', '{"Data" : [{"a":1},{"a":2}], "Domain": "x", "OK": true}{"a":3}'])  # fmt: skip
 def test_values_one_after_another(content):
     """Arrays and objects that follow one another, as in concatenated files, are read to the end."""
     import io
@@ -247,6 +247,14 @@ def test_values_that_would_be_dropped(content):
 
     with pytest.raises(DataError, match="x.json:1: "):
         list(data.rows("x.json", io.BytesIO(content.encode())))
+
+
+def test_a_field_twice(tmp_path):
+    """A field that an object names twice, of which JSON's reader would keep the last, is named with its line."""
+    row, twice = json.dumps(PAIR), '{"prompt": "P", "prompt": "Q", "response": "R"}'
+    for name, text in (("a.jsonl", f"{row}\n{twice}\n"), ("a.json", f"[{row},\n{twice}]"), ("b.json", f"{row}\n{twice}")):
+        with pytest.raises(DataError, match=rf"{name}:2: .*a field twice in one object"):
+            own(tmp_path, name=name, text=text)
 
 
 def test_long_lines(tmp_path, monkeypatch):

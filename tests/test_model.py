@@ -91,6 +91,25 @@ def test_packed_texts_equal_each_alone(name, lengths, common, dtype, limit):
         assert (all_hidden[:, row, :n] - stream).abs().max() < 10 * limit
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_nothing_else_is_kept_for_the_backward_pass(fused, monkeypatch):
+    """What attention keeps are its tensors alone, no larger ones of which they are slices; so too through PyTorch's own attention, as on a GPU."""
+    model, kept = load("llama3"), {}
+
+    def note(tensor):
+        kept[tensor.data_ptr(), tensor.shape] = tensor
+        return tensor
+
+    if fused:
+        attend = lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        monkeypatch.setattr(model_py, "attend", attend)
+    x, T = torch.randn(1, 40, model.config.hidden_size), 40
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.model.layers[0].self_attn(x, *model._rope(torch.arange(T)[None], x.dtype), None)
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept.values()}
+    assert sum(held.values()) <= sum(tensor.nbytes for tensor in kept.values())
+
+
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
 def test_causal_attention_is_its_definition(T):
     """Attention in blocks of queries: outputs and gradients of the softmax over all scores, future ones masked."""
