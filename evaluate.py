@@ -620,7 +620,8 @@ MIX_SETTINGS = {"mix_ratio", "mix_words", "mix_weight", "equal_weight"}  # decid
 PART_FIELDS = {**dict.fromkeys(["python", "torch", "device"], str), "commit": (str, type(None)), "clean": object,
                "ranks": int}  # fmt: skip
 STAGE_FIELDS = {
-    **dict.fromkeys(["data", "mix", "tag", "precision", "data_sha256", "base_model_name", "base_model_sha256"], str),
+    **dict.fromkeys(["data", "mix", "tag", "precision", "data_sha256", "base_model_name", "base_model_sha256",
+                     "stopped_by"], str),
     **dict.fromkeys(PATHS, str),
     **dict.fromkeys(["stage", "num_examples", "seed", "mix_words", "steps", "ranks", "batch_size"], int),
     **dict.fromkeys(["mix_ratio", "mix_weight", "replay", "lr"], (int, float)), **dict.fromkeys(DONE_WITH, object),
@@ -726,6 +727,8 @@ def wrong_in_stage(entry):
     wrong = wrong_fields(entry, STAGE_FIELDS)
     if not wrong and wrong_fields(entry["losses"], dict.fromkeys(entry["losses"], (int, float))):
         return ["losses"]
+    if not wrong and not math.isfinite(entry["mix_ratio"]):
+        return ["mix_ratio"]
     if not wrong and any(wrong_fields(part, PART_FIELDS) for part in entry["resumed_from"]):
         return ["resumed_from"]
     try:
@@ -846,10 +849,20 @@ class Run:
     lineage: list  # its stages, entries of run.json
     scores: dict  # eval.json: {name: row}
     texts: dict  # {name: text.NAME.json}
+    after: list = dataclasses.field(default_factory=list, repr=False)  # of each stage the Run that ended with it, or None
 
-    @property
+    @functools.cached_property
     def stages(self):
         return tuple(Stage.of(entry) for entry in self.lineage)
+
+    @functools.cached_property
+    def own_accuracies(self):
+        """Of each stage the accuracy on its own facts right after it, in %; None where it was not asked them."""
+        found = []
+        for name, after in zip(set_names(self.lineage), self.after):
+            score = after.score(name) if after else None
+            found.append(score[1]["accuracy"] if score else None)
+        return found
 
     @property
     def seeds(self):
@@ -892,6 +905,10 @@ class Grid:
         mixes = {stage.mix for stages in self.cells for stage in stages}
         return "pydoc" if "pydoc" in mixes and "k-pile" not in mixes else "k-pile"
 
+    def own(self, row):
+        """A row of a table with the model's own generic text in K-Pile's place."""
+        return row.replace("k-pile", self.generic)
+
     @functools.cached_property
     def usual_texts(self):
         """{name: data_sha256 of the passages of that text (--text) that most runs were asked}."""
@@ -908,7 +925,15 @@ def read_runs(folder):
     runs = [read_run(run) for run in folders_with(["run.json"], folder) if not is_foreign(run)]
     if not runs:
         raise DataError(f"{folder}: no finished run below it; train some, and run evaluate.py on each")
-    return sorted(runs, key=lambda run: record(run.lineage))
+    return linked(sorted(runs, key=lambda run: record(run.lineage)))
+
+
+def linked(runs):
+    """Runs, each of which knows which of them its stages ended with."""
+    by_record = {record(run.lineage): run for run in runs}
+    for run in runs:
+        run.after = [by_record.get(record(run.lineage[:k])) for k in range(1, len(run.lineage) + 1)]
+    return runs
 
 
 def folders_with(patterns, folder):
@@ -1184,44 +1209,66 @@ def say_forgotten(found, all_of_them):
 
 # ---------------------------------------------------------------- statistics
 
-RESAMPLES = 2000
+FEWEST = 3  # seeds behind an interval
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of some values, one a seed."""
+
+    value: float
+    deviation: float  # standard deviation; 0 of one value
+
+
+def mean_of(values):
+    """The Mean of values; None of none."""
+    if not values:
+        return None
+    return Mean(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
 
 def show(values, paper=None, underlined=False, digits=1):
     """A cell's text: mean ± standard deviation over seeds, and the paper's figure small."""
-    text = f"{statistics.mean(values):.{digits}f}" if values else ""
-    text += f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    text = ""
+    if mean := mean_of(values):
+        text = f"{mean.value:.{digits}f}" + (f" ± {mean.deviation:.{digits}f}" if len(values) > 1 else "")
     text = f"<u>{text}</u>" if underlined and text else text
     return (text + ("" if paper is None else f" <sub>{paper:.1f}</sub>")).strip()
 
 
 def average(cells):
     """{seeds: mean over cells} of cells [{seeds: accuracy}] for the seeds that all of them have."""
-    common = set.intersection(*map(set, cells)) if cells else set()
-    return {seeds: statistics.mean(cell[seeds] for cell in cells) for seeds in sorted(common)}
+    found = {}
+    for seeds in sorted(set.intersection(*map(set, cells))) if cells else ():
+        found[seeds] = statistics.mean(cell[seeds] for cell in cells)
+    return found
 
 
-def bootstrap(differences):
-    """95% interval of the mean of differences (S, F), both seeds and facts drawn anew with replacement.
+@dataclass(frozen=True)
+class Interval:
+    """Where the mean over all seeds may lie."""
 
-    An entry is one side's share of right answers less the other's, of the same fact under the same seed: the pairing.
-    """
-    differences = torch.as_tensor(differences, dtype=torch.float64)
-    n_seeds, n_facts = differences.shape
-    draw = torch.Generator().manual_seed(0)
-    seeds = torch.randint(n_seeds, (RESAMPLES, n_seeds), generator=draw)
-    means = [differences[s][:, torch.randint(n_facts, (n_facts,), generator=draw)].mean() for s in seeds]
-    return tuple(torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+    low: float
+    high: float
+
+    def text(self, digits=1):
+        return f"[{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
 def t_interval(values, confidence):
-    """(lower, upper) of the mean of values, by Student's t; None of fewer than two."""
-    if len(values) < 2:
+    """The Interval of the mean of values, one a seed, by Student's t with as many degrees of freedom but one.
+
+    None of fewer than FEWEST. What a value is made of (facts, paired within the seed) counts as given: the interval
+    is about other seeds, not about other facts.
+    """
+    if len(values) < FEWEST:
         return None
-    reach = t_quantile((1 + confidence) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values) - reach, statistics.mean(values) + reach
+    mean = mean_of(values)
+    reach = t_quantile((1 + confidence) / 2, len(values) - 1) * mean.deviation / math.sqrt(len(values))
+    return Interval(mean.value - reach, mean.value + reach)
 
 
+@functools.cache
 def t_quantile(share, df):
     """The value below which a share of Student's t distribution lies, of 1/2 or more; df: its degrees of freedom."""
     low, high = 0.0, 1.0
@@ -1262,6 +1309,16 @@ SOURCES = ["none", "k-pile", "a-pile", "random", "fineweb"]
 LLAMAS = ["random/-", "k-pile/-", "-/k-pile"]  # rows that the paper has of Llama-3-8B alone
 
 
+def markdown(above, titles, rows, numbers=None):
+    """A table under a text as lines of Markdown; numbers: the columns to the right, all but the first if not given."""
+    aligned = ["---:" if i in (numbers or range(1, len(titles))) else "---" for i in range(len(titles))]
+    lines = ["", above, ""]
+    for texts in (titles, aligned, *rows):
+        escaped = [text.replace("|", r"\|") for text in texts]
+        lines.append(f"| {' | '.join(escaped)} |")
+    return lines
+
+
 @dataclass(frozen=True)
 class Table:
     caption: str
@@ -1293,6 +1350,7 @@ class Paper:
     columns: dict  # {(table, D_A): (factoid D_B, non-factoid D_B)}
 
 
+@functools.cache
 def paper_figures():
     paper = Paper({}, {}, {})
     for line in PAPER.strip().split("\n"):
@@ -1315,17 +1373,30 @@ def paper_figures():
     return paper
 
 
-def misprinted():
-    """The paper's averages that are no rounding of the mean of their printed cells.
+@dataclass(frozen=True)
+class Misprint:
+    """An average of the paper that is no rounding of the mean of its printed cells."""
 
-    As [(table, D_A, row, group, printed, mean of its cells)].
-    """
+    table: str
+    a: str
+    row: str
+    group: str
+    printed: float
+    mean: float
+
+    def text(self):
+        where = f"{self.table}, {LABELS[self.a]}, {row_label(self.row)}, {self.group}"
+        return f"{where}: printed {self.printed}, mean {self.mean:.2f}"
+
+
+def misprinted():
+    """[Misprint] of the paper."""
     paper, wrong = paper_figures(), []
     for (table, a, row, group), printed in paper.averages.items():
         names = paper.columns[table, a][group == "non-factoid"]
         mean = statistics.mean(paper.cells[table, a, row, b] for b in names)
         if abs(mean - printed) > 0.0500001:
-            wrong.append((table, a, row, group, printed, mean))
+            wrong.append(Misprint(table, a, row, group, printed, mean))
     return wrong
 
 
@@ -1351,9 +1422,35 @@ def chain(a, row, b):
 
 
 def mixed_stage(part):
-    """The Stage that a part of a row's name means: "-", "random" or, of another weight in the loss, "random.m0"."""
-    mix, _, weight = part.partition(".")
-    return Stage(mix="none" if mix == "-" else mix, **dict(zip(("mix_weight", "tag"), WEIGHTS.get(weight, ("1", "")))))
+    """The Stage that a part of a row's name means: "-", "random", of another weight in the loss "random.m0", of another
+    value of a setting "random.mix_words=100"."""
+    mix, _, how = part.partition(".")
+    setting, _, value = how.partition("=")
+    if value:
+        return Stage(mix=mix, tag=setting, varied=(float(value),))
+    weight, tag = WEIGHTS.get(how, ("1", ""))
+    return Stage(mix="none" if mix == "-" else mix, mix_weight=weight, tag=tag)
+
+
+def varied_rows(grid, a, setting, stage, mix, alike=False):
+    """{value: row} of the rows that differ in the setting of a mix at a stage alone, in order; the plain row is one.
+
+    alike: of those alone that learned the facts of D_A that most cells did.
+    """
+    found, facts = {}, {}
+    for stages, cell in grid.cells.items():
+        if len(stages) != 2 or stages[0].data != a:
+            continue
+        mixed, other = stages[stage - 1], stages[2 - stage]
+        alone = other == Stage(other.data) and mixed == Stage(mixed.data, mix, tag=mixed.tag, varied=mixed.varied)
+        if alone and mixed.tag in ("", setting):
+            value = next(iter(cell.values())).lineage[stage - 1][setting]
+            part = f"{mix}.{setting}={value!r}" if mixed.tag else mix
+            found.setdefault(value, f"{part}/-" if stage == 1 else f"-/{part}")
+            facts[value] = next(iter(cell.values())).lineage[0]["data_sha256"]
+    usual = Counter(next(iter(cell.values())).lineage[0]["data_sha256"] for stages, cell in grid.cells.items()
+                    if len(stages) == 2 and stages[0].data == a).most_common(1)  # fmt: skip
+    return {value: row for value, row in sorted(found.items()) if not alike or facts[value] == usual[0][0]}
 
 
 def is_column(a, b):
@@ -1385,14 +1482,9 @@ def cell_of(grid, table, a, row, b):
     return accuracies(grid, *behind(table, a, row, b))
 
 
-def with_own_text(rows, grid):
-    """Rows with the model's own generic text in K-Pile's place."""
-    return [row.replace("k-pile", grid.generic) for row in rows]
-
-
 def ladder_of(grid):
     """LADDER in a model's own rows."""
-    return dict(zip(with_own_text(LADDER, grid), with_own_text(LADDER.values(), grid)))
+    return {grid.own(row): grid.own(like) for row, like in LADDER.items()}
 
 
 @dataclass
@@ -1403,11 +1495,20 @@ class Layout:
     factoid: list  # D_B without ID
     other: list
     familiar: list  # D_A of tables 5 and 6
-    two: list  # the second and third of three stages, as "webqa/math"
+    two: list  # of the first D_A the second and third of three stages, as "webqa/math"
+    grid: Grid = None  # of the paper's own tables none
 
     @property
     def with_id(self):
         return ["id", *self.factoid]
+
+    def own(self, row):
+        """As Grid.own."""
+        return self.grid.own(row) if self.grid else row
+
+    def varied(self, a, setting, stage, mix):
+        """As varied_rows, of rows that can be compared."""
+        return varied_rows(self.grid, a, setting, stage, self.own(mix), alike=True) if self.grid else {}
 
     def firsts(self, table):
         """The D_A of a table."""
@@ -1420,15 +1521,15 @@ def layout_of(grid):
     What followed one D_A makes a table if it is several sets; else a list of chains shows it.
     """
     of_paper = grid.name in PAPERS_MODELS
-    followed, ablated, later, familiar, two = {}, set(), set(), set(), set()
+    followed, ablated, later, familiar, two = {}, set(), set(), set(), {}
     for stages, cell in grid.cells.items():
         data = [stage.data for stage in stages]
         if len(stages) == 2:
             followed.setdefault(data[0], set()).add("id" if data[1] == f"{data[0]}-id" else data[1])
             if any(stage.tag in {*MIX_SETTINGS, "epochs", "control"} for stage in stages):
                 ablated.add(data[0])  # for figures 6 and 7, the dose, the ladder
-        elif len(stages) == 3:
-            two.add("/".join(data[1:]))
+        elif len(stages) == 3 and not any(stage.tag for stage in stages) and is_column(*data[:2]) and is_column(data[0], data[2]):
+            two.setdefault(data[0], set()).add("/".join(data[1:]))
         elif stages[0].tag == "familiar":
             later.add(data[0])
             asked = {row["data"] for run in cell.values() for row in run.scores.values()}
@@ -1442,7 +1543,8 @@ def layout_of(grid):
                 (familiar if table in FAMILIAR else first).add(a)
                 later |= {*factoid, *other} - {"id"}
     factoid = {b for b in later if is_factoid(b)}
-    return Layout(in_order(first), in_order(factoid), in_order(later - factoid), in_order(familiar), sorted(two))
+    three = sorted(two.get(in_order(first)[0], ())) if first else []
+    return Layout(in_order(first), in_order(factoid), in_order(later - factoid), in_order(familiar), three, grid)
 
 
 def in_order(names):
@@ -1456,173 +1558,95 @@ def row_label(row):
         return f"Replay (r = {REPLAYS[row]})"
     if row == "long":
         return f"No Mixing, steps of Random / -{OURS}"
-    parts = []
+    parts, ours = [], False
     for part in row.split("/"):
-        mix, _, weight = part.partition(".")
-        parts.append(LABELS.get(mix, mix) + {"": "", "m0": " of weight 0", "equal": " of equal weight"}[weight])
-    return " / ".join(parts) + (OURS if "." in row else "")
-
-
-def render(name, grid, layout, shown, starts):
-    """One table as lines of Markdown, laid out as in the paper; behind its columns what else a row cost.
-
-    The Stages of each cell that has runs go into the set `shown`. starts: {record: Run} of all runs.
-    """
-    table, printed = TABLES[name], paper_figures().cells if grid.name in PAPERS_MODELS else {}
-    sizes = table_sizes(name, grid, layout)
-    groups = [layout.with_id if table.with_id else layout.factoid, layout.other]
-    columns = []
-    for group in groups:
-        columns += [*group, "Avg"] if table.averaged and group else group
-    rows, lines, stages = with_own_text(table.rows, grid), [], 1 if name in FAMILIAR else 2
-    costs = list(itertools.product(grid.usual_texts, range(1, stages + 1)))
-    alike = {"row": 0, "column": 1, "": None}[table.lowest]  # the part of a key (row, D_B) that rivals share
-    for a in layout.firsts(name):
-        if name != "table1":
-            lines.append(f"| **{LABELS.get(a, a)}** |" + " |" * (len(columns) + len(costs)))
-        found = {}
-        for row, b in itertools.product(rows, itertools.chain(*groups)):
-            if not is_column(a, b):
-                continue
-            found[row, b] = cell_of(grid, name, a, row, b)
-            if found[row, b]:
-                shown.add(behind(name, a, row, b)[0])
-        means = {key: statistics.mean(cell.values()) for key, cell in found.items() if cell}
-        for row in rows:
-            texts = []
-            for group in groups:
-                for b in group:
-                    lowest = False
-                    if alike is not None and (row, b) in means:
-                        rivals = [mean for key, mean in means.items() if key[alike] == (row, b)[alike]]
-                        lowest = means[row, b] == min(rivals)
-                    theirs = printed.get((name, a, row, b))
-                    text = show(list(found.get((row, b), {}).values()), theirs, lowest)
-                    mark = other_steps(grid, a, row, b) if found.get((row, b)) else ""
-                    texts.append(text + sizes.said(a, row, b) + mark)
-                if table.averaged and group:
-                    theirs = [printed[name, a, row, b] for b in group if (name, a, row, b) in printed]
-                    own = average([found[row, b] for b in group if (row, b) in found])
-                    texts.append(show(list(own.values()), statistics.mean(theirs) if theirs else None))
-            of_row = [behind(name, a, row, b)[0] for other, b in found if other == row]
-            texts += [cost_of(grid, of_row, text, stage, starts) for text, stage in costs]
-            label = LABELS.get(a, a) if name == "table1" else row_label(row)
-            label += OURS if name == "table3" and row in with_own_text(LLAMAS, grid) else ""
-            lines.append(f"| {label} | {' | '.join(texts)} |")
-        if name in FAMILIAR and (score := untrained_score(grid, a, found)):
-            text = f"{score['accuracy']:.1f}"
-            if sizes.cells and score["total"] != sizes.usual[0]:
-                text += f" ({score['total']} facts)"
-            shown_columns = {b for (_, b), cell in found.items() if cell}
-            texts = [text if b in shown_columns else "" for b in columns] + [""] * len(costs)
-            lines.append(f"| {UNTRAINED} | {' | '.join(texts)} |")
-    asked_for = (f"({grid.name}: exact match on D_A in %, mean ± standard deviation over seeds{sizes.caption}"
-                 f"{costs_caption(grid)})")  # fmt: skip
-    titles = [*[LABELS.get(b, b) for b in columns], *[f"{text} after stage {stage}" for text, stage in costs]]
-    heading = [f"| | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
-    return ["", f"**Table {name[-1]}. {table.caption}** {asked_for}", "", *heading, *lines]
-
-
-def costs_caption(grid):
-    """What a table's caption says of the losses on other text, with the base model's own."""
-    said = ""
-    for name in grid.usual_texts:
-        of_base = [f"{row['loss']:.2f}" for row in grid.untrained if "loss" in row and row["data"] == name]
-        said += f"; {name}: loss on it in nats a token, mean over D_B"
-        said += f", of the base model {' and '.join(dict.fromkeys(of_base))}" if of_base else ""
-    return said
-
-
-def cost_of(grid, cells, name, stage, starts):
-    """The loss on a text after a stage, as a cell's text: mean over some cells (tuples of Stages) of a row, then seeds.
-
-    starts: {record: Run} of all runs.
-    """
-    found, asked = [], set()
-    for stages in cells:
-        of_cell = {}
-        for seeds, run in grid.cells.get(stages, {}).items():
-            row = starts[key].texts.get(name) if (key := record(run.lineage[:stage])) in starts else None
-            if row:
-                of_cell[seeds] = row["loss"]
-                asked.add(row["data_sha256"])
-        if of_cell:
-            found.append(of_cell)
-    others = " (other passages)" if asked - {grid.usual_texts[name]} else ""
-    return show(list(average(found).values()), digits=2) + others
-
-
-def other_steps(grid, a, row, b):
-    """The mark of a cell of ours that has not the steps of that which it is compared with: whose, and how many."""
-    like = ladder_of(grid).get(row)
-    cell, expected = (grid.cells.get(chain(a, of, b), {}) if like else {} for of in (row, like))
-    for seeds in sorted(cell.keys() & expected.keys()):
-        steps = [" + ".join(str(entry["steps"]) for entry in runs[seeds].lineage) for runs in (cell, expected)]
-        if steps[0] != steps[1]:
-            return f" (seed {seeds[0]}: {steps[0]} steps, not {steps[1]})"
-    return ""
-
-
-UNTRAINED = f"The base model itself, asked alike{OURS}"
-
-
-def untrained_score(grid, a, found):
-    """The row of eval.json of the base model itself on the facts of tables 5 and 6; None where it was not asked them.
-
-    found: {(row, D_B): cell} of the table. A DataError where it was asked others than the runs.
-    """
-    name = f"{a}.familiar"
-    of_base, asked = [row for row in grid.untrained if row["data"] == name and "correct" in row], None
-    for row, b in found:
-        for run in grid.cells.get(behind("table5", a, row, b)[0], {}).values():
-            if of_base and (score := run.score(name)):
-                asked = asked or run
-                for mine in of_base:
-                    if all(mine[key] == score[1][key] for key in ("data_sha256", "precision")):
-                        return mine
-    if asked:
-        raise DataError(f"{asked.folder}: was asked other facts of {name}, or in another precision, than the base "
-                        "model itself; run evaluate.py on both alike")  # fmt: skip
-    return None
+        mix, _, how = part.partition(".")
+        setting, _, value = how.partition("=")
+        value = f"{float(value):g}" if value else ""
+        said = {"m0": " of weight 0", "equal": " of equal weight", "mix_words": f" of {value} words",
+                "mix_ratio": f" of ratio {value}", "": ""}[setting]  # fmt: skip
+        parts.append(LABELS.get(mix, mix) + said)
+        ours = ours or how in WEIGHTS
+    return " / ".join(parts) + (OURS if ours else "")
 
 
 @dataclass
-class Sizes:
-    """How many facts stand behind the cells of a table."""
+class Cell:
+    """A cell of a table: the runs behind it, and what they keep of D_A."""
 
-    cells: dict  # {(D_A, row, D_B): (facts of D_A asked, examples of D_B learned, passages too few)}
+    runs: dict  # {seeds: Run}
+    accuracy: dict  # {seeds: exact match on D_A in %}
+    printed: float  # the paper's, or None
+    examples: tuple = ()  # (facts of D_A asked, examples of D_B learned)
+    notes: list = dataclasses.field(default_factory=list)  # what a reader must know of it
+    lowest: bool = False  # of its rivals
+
+
+@dataclass
+class Row:
+    """A row of a table: what one way of training keeps of one D_A."""
+
+    a: str
+    label: str
+    cells: dict  # {D_B: Cell}
 
     @property
-    def usual(self):
-        """What most cells have, passages aside."""
-        return Counter(size[:2] for size in self.cells.values()).most_common(1)[0][0] if self.cells else None
-
-    @property
-    def caption(self):
-        if not self.cells:
-            return ""
-        asked, learned = self.usual
-        return f"; {asked} facts of D_A, {learned} examples of D_B where a cell says no other number"
-
-    def said(self, a, row, b):
-        """What of a cell differs from what the caption says."""
-        if (a, row, b) not in self.cells:
-            return ""
-        (asked, learned, few), usual = self.cells[a, row, b], self.usual
-        differing = [f"{asked} facts"] * (asked != usual[0]) + [f"D_B {learned}"] * (learned != usual[1])
-        return f" ({', '.join([*differing, *few])})" if differing or few else ""
+    def runs(self):
+        found = []
+        for cell in self.cells.values():
+            found += cell.runs.values()
+        return found
 
 
-def table_sizes(name, grid, layout):
-    """The Sizes of a table."""
-    sizes, table = Sizes({}), TABLES[name]
-    columns = [*(layout.with_id if table.with_id else layout.factoid), *layout.other]
-    for a, row, b in itertools.product(layout.firsts(name), with_own_text(table.rows, grid), columns):
-        stages, asked = behind(name, a, row, b)
-        for run in grid.cells.get(stages, {}).values() if is_column(a, b) else []:
-            if score := run.score(asked):
-                sizes.cells[a, row, b] = (score[1]["total"], run.lineage[-1]["num_examples"], few_passages(run.lineage))
-    return sizes
+def columns_of(name, layout):
+    """The D_B of a table's columns: (factoid, other)."""
+    return (layout.with_id if TABLES[name].with_id else layout.factoid), layout.other
+
+
+def table_rows(name, grid, layout):
+    """[Row] of a table, D_A after D_A; of a cell that has not been run the paper's figure alone."""
+    table, found = TABLES[name], []
+    printed = paper_figures().cells if grid.name in PAPERS_MODELS else {}
+    for a in layout.firsts(name):
+        rows = []
+        for row in map(grid.own, table.rows):
+            cells = {}
+            for b in itertools.chain(*columns_of(name, layout)):
+                if is_column(a, b):
+                    cells[b] = table_cell(grid, name, a, row, b)
+                    cells[b].printed = printed.get((name, a, row, b))
+            label = LABELS.get(a, a) if name == "table1" else row_label(row)
+            label += OURS if name == "table3" and row in map(grid.own, LLAMAS) else ""
+            rows.append(Row(a, label, cells))
+        mark_lowest(rows, table.lowest)
+        found += rows
+    return found
+
+
+def table_cell(grid, name, a, row, b):
+    """The Cell of a table."""
+    stages, asked = behind(name, a, row, b)
+    runs, accuracy = grid.cells.get(stages, {}), accuracies(grid, stages, asked)
+    cell = Cell({seeds: run for seeds, run in runs.items() if seeds in accuracy}, accuracy, None)
+    for run in cell.runs.values():
+        cell.examples = (run.score(asked)[1]["total"], run.lineage[-1]["num_examples"])
+        cell.notes = few_passages(run.lineage)
+    if cell.runs:
+        cell.notes += other_steps(grid, a, row, b) + not_learned(list(cell.runs.values()))
+    return cell
+
+
+def mark_lowest(rows, of):
+    """Mark the cells that keep least of their "row" or "column"; of those that print alike, all."""
+    groups = {}
+    for row in rows:
+        for b, cell in row.cells.items():
+            if cell.accuracy and of:
+                groups.setdefault(row.label if of == "row" else b, []).append(cell)
+    for cells in groups.values():
+        least = min(mean_of(cell.accuracy.values()).value for cell in cells)
+        for cell in cells:
+            cell.lowest = mean_of(cell.accuracy.values()).value == least
 
 
 def few_passages(lineage):
@@ -1635,37 +1659,219 @@ def few_passages(lineage):
     return few
 
 
-def chains_table(grid, cells, starts):
-    """Lines of Markdown of chains of stages whatever they are, a row each.
+def other_steps(grid, a, row, b):
+    """[the note] of a cell of ours that has not the steps of that which it is compared with: whose, and how many."""
+    like = ladder_of(grid).get(row)
+    cell, expected = (grid.cells.get(chain(a, of, b), {}) if like else {} for of in (row, like))
+    for seeds in sorted(cell.keys() & expected.keys()):
+        steps, other = (" + ".join(map(str, learned([runs[seeds]]).steps)) for runs in (cell, expected))
+        if steps != other:
+            return [f"seed {seeds[0]}: {steps} steps, not {other}"]
+    return []
 
-    cells: of the grid, those to show. starts: {record: Run} of all runs, among which a chain's first stage is looked
-    for.
+
+LEARNED = 99.0  # % of its own facts that a stage is to know at its end; the paper trains to 100 (table 1)
+LEARNED_LOSS = 0.1  # nats a token of its own answers that a stage is to end below, if it was asked no facts
+
+
+def not_learned(runs):
+    """[notes] on stages of a cell's runs that did not learn their own set: what learned less takes less, and has less
+    to lose."""
+    notes = []
+    for stage in range(min(len(run.lineage) for run in runs) if runs else 0):
+        known, losses = [], []
+        for run in runs:
+            accuracy, loss = run.own_accuracies[stage], run.lineage[stage]["losses"].get("own")
+            known += [accuracy] if accuracy is not None else []
+            losses += [loss] if accuracy is None and loss is not None else []
+        if known and min(known) < LEARNED:
+            notes.append(f"stage {stage + 1} learned {min(known):.1f}%")
+        elif losses and max(losses) > LEARNED_LOSS:
+            notes.append(f"stage {stage + 1} ended at a loss of {max(losses):.2f}")
+    return notes
+
+
+@dataclass
+class Learned:
+    """What stands beside a row: whether its runs learned what they were to learn, and how."""
+
+    first: list  # accuracies on D_A after stage 1 in %, one a first stage
+    last: list  # on the facts of D_B at the end, the mean over D_B, one a seed
+    steps: list  # of each stage, the mean over runs
+    losses: list  # of a token of each stage's own answers in its last epoch, likewise; None where no record has it
+    ended: list  # of each stage {what ended it, all epochs or its loss: of how many runs}
+
+    TITLES = ("D_A after stage 1", "D_B at the end", "steps", "loss of own answers", "ended by")
+
+    def texts(self):
+        losses = ["-" if loss is None else f"{loss:.4f}" for loss in self.losses]
+        ended = []
+        for counts in self.ended:
+            counted = [f"{why} {count}" for why, count in sorted(counts.items())]
+            ended.append(", ".join(counted if len(counts) > 1 else counts))
+        return [show(self.first), show(self.last), " + ".join(map(str, self.steps)), " / ".join(losses), " / ".join(ended)]
+
+
+def learned(runs):
+    """The Learned of some runs of as many stages each."""
+    first, last, found = {}, {}, Learned([], [], [], [], [])
+    for run in runs:
+        own = run.own_accuracies
+        if len(own) > 1 and own[0] is not None:
+            first[record(run.lineage[:1])] = own[0]  # runs that share a first stage have one figure of it
+        if own[-1] is not None:
+            last.setdefault(run.stages, {})[run.seeds] = own[-1]
+    found.first, found.last = list(first.values()), list(average(list(last.values())).values())
+    for entries in zip(*[run.lineage for run in runs]):
+        losses = [entry["losses"]["own"] for entry in entries if "own" in entry["losses"]]
+        found.steps.append(round(statistics.mean(entry["steps"] for entry in entries)))
+        found.losses.append(statistics.mean(losses) if losses else None)
+        found.ended.append(Counter(entry["stopped_by"] for entry in entries))
+    return found
+
+
+def usual_examples(rows):
+    """(facts of D_A, examples of D_B) that most cells have; None where there are none."""
+    counts = Counter()
+    for row in rows:
+        counts.update(cell.examples for cell in row.cells.values() if cell.examples)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def table_lines(name, grid, layout, rows):
+    """A table as lines of Markdown, laid out as in the paper; behind its columns what its rows learned and cost."""
+    table, usual, groups = TABLES[name], usual_examples(rows), columns_of(name, layout)
+    stages = 1 if name in FAMILIAR else 2
+    costs = list(itertools.product(grid.usual_texts, range(1, stages + 1)))
+    titles, lines = [""], []
+    for group in groups:
+        titles += [LABELS.get(b, b) for b in group] + ["Avg"] * bool(table.averaged and group)
+    titles += [*Learned.TITLES, *[f"{text} after stage {stage}" for text, stage in costs]]
+    for a in layout.firsts(name):
+        if name != "table1":
+            lines.append([f"**{LABELS.get(a, a)}**"] + [""] * (len(titles) - 1))
+        of_a = [row for row in rows if row.a == a]
+        for row in of_a:
+            texts = accuracy_texts(row, groups, table.averaged, usual)
+            texts += learned(row.runs).texts() if row.runs else [""] * len(Learned.TITLES)
+            lines.append([row.label, *texts, *[cost_of(grid, row.runs, text, stage) for text, stage in costs]])
+        if name in FAMILIAR and (texts := untrained_texts(grid, a, of_a, groups, usual)):
+            lines.append([UNTRAINED, *texts] + [""] * (len(titles) - len(texts) - 1))
+    usually = ""
+    if usual:
+        usually = f"; {usual[0]} facts of D_A, {usual[1]} examples of D_B where a cell says no other number"
+    caption = (f"({grid.name}: exact match on D_A in %, mean ± standard deviation over seeds{usually}"
+               f"{costs_caption(grid)})")  # fmt: skip
+    return markdown(f"**Table {name[-1]}. {table.caption}** {caption}", titles, lines)
+
+
+def accuracy_texts(row, groups, averaged, usual):
+    """The texts of a row's cells, and of their averages."""
+    texts = []
+    for group in groups:
+        cells = [row.cells.get(b) for b in group]
+        texts += [cell_text(cell, usual) if cell else "" for cell in cells]
+        if averaged and group:
+            there = [cell for cell in cells if cell]
+            printed = [cell.printed for cell in there if cell.printed is not None]
+            own = average([cell.accuracy for cell in there])
+            apart = " (no seed in common)" if there and not own and all(cell.accuracy for cell in there) else ""
+            texts.append(show(list(own.values()), statistics.mean(printed) if printed else None) + apart)
+    return texts
+
+
+def cell_text(cell, usual):
+    """A cell's text; usual: (facts of D_A, examples of D_B) of the others."""
+    notes = []
+    if cell.examples and cell.examples != usual:
+        asked, learned_ = cell.examples
+        notes += [f"{asked} facts"] * (asked != usual[0]) + [f"D_B {learned_}"] * (learned_ != usual[1])
+    notes += cell.notes
+    return show(list(cell.accuracy.values()), cell.printed, cell.lowest) + (f" ({', '.join(notes)})" if notes else "")
+
+
+def costs_caption(grid):
+    """What a table's caption says of the losses on other text, with the base model's own."""
+    said = ""
+    for name in grid.usual_texts:
+        of_base = [f"{row['loss']:.2f}" for row in grid.untrained if "loss" in row and row["data"] == name]
+        said += f"; {name}: loss on it in nats a token, mean over D_B"
+        said += f", of the base model {' and '.join(dict.fromkeys(of_base))}" if of_base else ""
+    return said
+
+
+def cost_of(grid, runs, name, stage):
+    """The loss on a text after a stage, as a text: the mean over the D_B of some runs of a row, then over seeds."""
+    found, asked = {}, set()  # found: {Stages: {seeds: loss}}
+    for run in runs:
+        after = run.after[stage - 1]
+        row = after.texts.get(name) if after else None
+        if row:
+            found.setdefault(run.stages, {})[run.seeds] = row["loss"]
+            asked.add(row["data_sha256"])
+    others = " (other passages)" if asked - {grid.usual_texts[name]} else ""
+    return show(list(average(list(found.values())).values()), digits=2) + others
+
+
+UNTRAINED = f"The base model itself, asked alike{OURS}"
+
+
+def untrained_texts(grid, a, rows, groups, usual):
+    """The texts of the row of tables 5 and 6 that says what the base model itself knows; none where it was not asked."""
+    score = untrained_score(grid, a, rows)
+    if not score:
+        return []
+    text = f"{score['accuracy']:.1f}" + (f" ({score['total']} facts)" if usual and score["total"] != usual[0] else "")
+    shown = set()
+    for row in rows:
+        shown |= {b for b, cell in row.cells.items() if cell.runs}
+    return [text if b in shown else "" for b in itertools.chain(*groups)]
+
+
+def untrained_score(grid, a, rows):
+    """The row of eval.json of the base model itself on the facts of tables 5 and 6; None where it was not asked them.
+
+    rows: the table's on that D_A. A DataError where it was asked others than the runs.
     """
-    lines, heading, texts = [], None, grid.usual_texts
+    name = f"{a}.familiar"
+    of_base, asked = [row for row in grid.untrained if row["data"] == name and "correct" in row], None
+    for run in itertools.chain(*[row.runs for row in rows]) if of_base else []:
+        asked, score = asked or run, run.score(name)[1]
+        for mine in of_base:
+            if all(mine[key] == score[key] for key in ("data_sha256", "precision")):
+                return mine
+    if asked:
+        raise DataError(f"{asked.folder}: was asked other facts of {name}, or in another precision, than the base "
+                        "model itself; run evaluate.py on both alike")  # fmt: skip
+    return None
+
+
+def chains_table(grid, cells):
+    """Lines of Markdown of chains of stages whatever they are, a row each; cells: of the grid, those to show."""
+    found, texts = {}, grid.usual_texts  # found: {(heading, titles): rows}
     for stages, cell in sorted(cells.items(), key=lambda item: ([stage.data for stage in item[0]], item[0])):
         runs = [run for _, run in sorted(cell.items())]
         names = set_names(runs[0].lineage)
         first, last = names[0], names[-1]
-        learned = [f"{name} ({entry['num_examples']})" for name, entry in zip(names, runs[0].lineage)]
-        above = f"{grid.name}, {', then '.join(learned)}: exact match in %".replace("|", r"\|")
-        if above != heading:
-            heading = above
-            titles = [f"{first} after stage 1", f"{first} at the end", f"{last} at the end"]
-            titles += [f"{text}, nats a token, after stage 1 / 2" for text in texts]
-            columns = " | ".join(title.replace("|", r"\|") for title in titles)
-            lines += ["", heading, "", f"| mix at stage 1 / 2 | steps | loss at stage 1 / 2 | {columns} | runs |"]
-            lines += ["| --- |" + " ---: |" * (3 + len(titles))]
-        # Runs that share a first stage have one figure of it.
-        begun = {record(run.lineage[:1]): after_stage_1(run, starts) for run in runs}
-        before = [accuracy for accuracy in begun.values() if accuracy is not None]
-        at_end = [show(list(accuracies(grid, stages, name).values())) for name in (first, last)]
+        sizes = [f"{name} ({entry['num_examples']})" for name, entry in zip(names, runs[0].lineage)]
+        heading = f"{grid.name}, {', then '.join(sizes)}: exact match in %".replace("|", r"\|")
+        numbers = " / ".join(str(stage) for stage in range(1, len(stages) + 1))
+        costs = [f"{text}, nats a token, after stage {numbers}" for text in texts]
+        titles = (f"mix at stage {numbers}", "steps", f"loss at stage {numbers}", f"{first} after stage 1",
+                  f"{first} at the end", f"{last} at the end", *costs, "ended by", "runs")  # fmt: skip
+        before, _, steps, losses, ended = learned(runs).texts()
+        row = [steps, losses, before]
+        row += [show(list(accuracies(grid, stages, name).values())) for name in (first, last)]
         for text in texts:
-            after = [cost_of(grid, [stages], text, stage, starts) for stage in range(1, len(stages) + 1)]
-            at_end.append(" / ".join(cost or "-" for cost in after))
-        few = few_passages(runs[0].lineage)
-        label = (label_of(stages) + (f" ({', '.join(few)})" if few else "")).replace("|", r"\|")
-        lines.append(f"| {label} | {mean_steps(runs)} | {mean_losses(runs)} | {show(before)} | {' | '.join(at_end)} | "
-                     f"{len(runs)} |")  # fmt: skip
+            after = [cost_of(grid, runs, text, stage) for stage in range(1, len(stages) + 1)]
+            row.append(" / ".join(cost or "-" for cost in after))
+        few, notes = few_passages(runs[0].lineage), not_learned(runs)
+        label = label_of(stages) + (f" ({', '.join(few)})" if few else "")
+        ended += f" ({', '.join(notes)})" if notes else ""
+        found.setdefault((heading, titles), []).append([label, *row, ended, str(len(runs))])
+    lines = []
+    for (heading, titles), rows in found.items():
+        lines += markdown(heading, titles, rows)
     return lines
 
 
@@ -1687,28 +1893,6 @@ def controls(grid):
             lines.append(f"{label_of(mixed)} keeps {kept}% of {name}, its control {label_of(stages)} {without}%: "
                          f"{points if kept != without else 'as much'}.")  # fmt: skip
     return lines
-
-
-def after_stage_1(run, starts):
-    """A run's accuracy on its first stage's facts right after that stage; None where that is not known."""
-    start = starts.get(record(run.lineage[:1]))
-    score = start.score(set_names(run.lineage)[0]) if start else None
-    return score[1]["accuracy"] if score else None
-
-
-def mean_steps(runs):
-    """Steps of each stage, the mean over seeds."""
-    steps = [[entry["steps"] for entry in run.lineage] for run in runs]
-    return " + ".join(str(round(statistics.mean(of_stage))) for of_stage in zip(*steps))
-
-
-def mean_losses(runs):
-    """Of a token of each stage's own answers in its last epoch, the mean over seeds."""
-    texts = []
-    for of_stage in zip(*[run.lineage for run in runs]):
-        losses = [entry["losses"]["own"] for entry in of_stage if "own" in entry["losses"]]
-        texts.append(f"{statistics.mean(losses):.4f}" if losses else "-")
-    return " / ".join(texts)
 
 
 def done_with(runs):
@@ -1740,50 +1924,61 @@ def tables(folder):
     """
     folder = Path(folder)
     runs = read_runs(folder)
-    starts = {record(run.lineage): run for run in runs}
-    say_unasked(runs, starts)
+    say_unasked(runs)
     lines, laid_out, compared = [], False, []
     for grid in grids_of(runs, read_untrained(folder)):
-        layout, shown, images = layout_of(grid), set(), []
-        if layout.first or layout.familiar:
-            laid_out = True
-            for name in PAPERS_MODELS.get(grid.name, TABLES):
-                lines += render(name, grid, layout, shown, starts) if layout.firsts(name) else []
-            lines += verdicts(grid, layout)
-            lines += claims(grid, layout)
-            images += figures(grid, layout, folder, starts)
-        images += lens_figures(grid, folder)
-        rest = {}
-        for stages, cell in grid.cells.items():
-            asked = {seeds: run for seeds, run in cell.items() if run.scores}
-            if asked and len(stages) > 1 and stages not in shown:
-                rest[stages] = asked
-        lines += chains_table(grid, rest, starts)
+        layout = layout_of(grid)
+        laid_out = laid_out or bool(layout.first or layout.familiar)
+        lines += grid_lines(grid, layout, folder)
         compared += controls(grid)
-        lines += overlap_tables(grid, folder)
-        if rest and not layout.first:
-            images += [draw_retention(rest, starts, folder / f"retention-{grid.name}.png")]
-        lines += ["", *[f"![{Path(name).stem}]({quote(name)})" for name in images]]
     if not any(lines):
         raise DataError(f"{folder}: no evaluated run of two stages or more below it; train and evaluate some")
     if laid_out:
-        wrong = [f"{table}, {LABELS[a]}, {row_label(row)}, {group}: printed {printed}, mean {mean:.2f}"
-                 for table, a, row, group, printed, mean in misprinted()]  # fmt: skip
+        wrong = "; ".join(misprint.text() for misprint in misprinted())
         lines += ["", "Small: the paper's own figure; its averages are means of its printed cells. "
-                  f"Printed averages that are not: {'; '.join(wrong)}."]  # fmt: skip
+                  f"Printed averages that are not: {wrong}.",
+                  "", "Behind the columns what a row's runs learned, means over D_B; D_B at the end: of factoid ones. A cell names "
+                  f"stages that ended with less than {LEARNED:.0f}% of their own facts, or, asked none, at a loss of their own "
+                  f"answers above {LEARNED_LOSS} nats a token, with the worst run's figure: what learned less takes less."]  # fmt: skip
     text = "\n".join([*lines[1:], "", done_with(runs), *[f"\n{line}" for line in compared]]) + "\n"
-    facts, cells = list(ledger(runs, starts, folder)), list(places(runs, folder))  # before anything is written: they read on
+    # Before anything is written: they read on.
+    facts, kept = list(map(json_line, ledger(runs, folder))), list(places(runs, folder))
     write_file(folder / "TABLES.md", text)
-    write_lines(folder / "cells.jsonl", cells)
-    write_lines(folder / "facts.jsonl", facts)
+    write_lines(folder / "cells.jsonl", kept)
+    write_file(folder / "facts.jsonl", "".join(facts))
     return text
 
 
-def say_unasked(runs, starts):
+def grid_lines(grid, layout, folder):
+    """One model's tables, verdicts and chains as lines of Markdown, with links to its figures, which are drawn."""
+    lines, shown, images = [], set(), []
+    if layout.first or layout.familiar:
+        for name in PAPERS_MODELS.get(grid.name, TABLES):
+            rows = table_rows(name, grid, layout)
+            lines += table_lines(name, grid, layout, rows) if rows else []
+            for row in rows:
+                shown |= {run.stages for run in row.runs}
+        lines += rung_lines(grid, rungs(grid, layout))
+        lines += claim_lines(grid, judge(grid, layout))
+        images += figures(grid, layout, folder)
+    images += lens_figures(grid, folder)
+    rest = {}  # cells that no table shows
+    for stages, cell in grid.cells.items():
+        asked = {seeds: run for seeds, run in cell.items() if run.scores}
+        if asked and len(stages) > 1 and stages not in shown:
+            rest[stages] = asked
+    lines += chains_table(grid, rest) + overlap_tables(grid, folder)
+    if rest and not layout.first and (panel := over_last_stage(rest)).shows:
+        images.append(f"retention-{grid.name}.png")
+        draw_panels([panel], folder / images[-1])
+    return [*lines, "", *[f"![{name.removesuffix('.png')}]({quote(name)})" for name in images]]
+
+
+def say_unasked(runs):
     """Print which runs no figure is of, or none on the facts of their first stage."""
     unasked = []
     for run in runs:
-        learned_facts = after_stage_1(run, starts) is not None
+        learned_facts = run.own_accuracies[0] is not None
         if not run.scores or learned_facts and not run.score(set_names(run.lineage)[0]):
             unasked.append(str(run.folder))
     if unasked:
@@ -1804,7 +1999,7 @@ def places(runs, folder):
                "accuracy": accuracy}  # fmt: skip
 
 
-def ledger(runs, starts, folder):
+def ledger(runs, folder):
     """A row for each fact of each earlier stage's set of each chain, from the predictions of the stages that have them.
 
     memorized: the first stage after which it was right; lost: the first after that at which it was wrong; null where
@@ -1812,18 +2007,18 @@ def ledger(runs, starts, folder):
     IN_PLACE that is.
     """
     for run in runs:
-        behind_it = [starts.get(record(run.lineage[:k])) for k in range(1, len(run.lineage) + 1)]
-        folder_of = lambda k, found=behind_it: found[k - 1].folder if found[k - 1] else None
+        where = relative_path(run.folder, folder)
+        folder_of = lambda k, after=run.after: after[k - 1].folder if after[k - 1] else None
         for found in forgotten(run, folder_of):
             asked = {}  # stage -> was each fact right after it
-            for stage, at in enumerate(behind_it, 1):
+            for stage, at in enumerate(run.after, 1):
                 if stage >= found.stage and at and at.score(found.name) and predictions(at.folder, found.name):
                     asked[stage] = right_answers(at, found.name)
             lost_ones = {fact.place: fact for fact in found.lost}
             for place, fact in enumerate(predictions(run.folder, found.name)):
                 right = [stage for stage in asked if asked[stage][place]]
                 wrong = [stage for stage in asked if right and stage > right[0] and not asked[stage][place]]
-                row = {"run": relative_path(run.folder, folder), "data": found.name, "id": fact["id"],
+                row = {"run": where, "data": found.name, "id": fact["id"],
                        "memorized": right[0] if right else None, "lost": wrong[0] if wrong else None}  # fmt: skip
                 if place in lost_ones:
                     row |= {"prediction": fact["prediction"], "in_place": lost_ones[place].in_place}
@@ -1950,334 +2145,820 @@ def overlap_tables(grid, folder):
     for passages, rows in sorted(shares.items(), reverse=True):
         what = "a passage of D_M" if passages else "an example of what came after it"
         columns = sorted(set(itertools.chain(*rows.values())), key=by_name)
-        lines += ["", f"**Overlap** ({grid.name}: % of the facts that were trained on or asked whose subject and answer"
-                  f" stand in {what}, appendix B.6; bold above the paper's {100 * OVERLAP_LIMIT:.1f})", ""]  # fmt: skip
-        lines += ["| | " + " | ".join(texts.label for texts in columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        above = (f"**Overlap** ({grid.name}: % of the facts that were trained on or asked whose subject and answer stand in "
+                 f"{what}, appendix B.6; bold above the paper's {100 * OVERLAP_LIMIT:.1f})")  # fmt: skip
+        shown = []
         for facts, row in rows.items():
-            lines.append(f"| {facts.label} | {' | '.join(row.get(texts, '') for texts in columns)} |")
+            shown.append([facts.label, *[row.get(texts, "") for texts in columns]])
+        lines += markdown(above, ["", *[texts.label for texts in columns]], shown)
     return lines
+
+
+# ---------------------------------------------------------------- verdicts
+
+HOLDS, REVERSED, UNDECIDED, NOT_RUN = "HOLDS", "REVERSED", "UNDECIDED", "NOT RUN"
+EQUAL = 10.0  # points within which two sides are called equal
+FAR = 10.0  # points that "far", "significantly", "fully" and "drastically" are read as
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What values, one a seed, say of a claim."""
+
+    word: str  # HOLDS, REVERSED, UNDECIDED
+    interval: Interval = None  # that decided it; None below FEWEST seeds
+
+    def text(self, digits=1):
+        return f"{self.word} {self.interval.text(digits) if self.interval else f'(fewer than {FEWEST} seeds)'}"
+
+
+def is_more(values, least=0.0):
+    """The Verdict on a mean that is to lie above a number: by its 95% interval."""
+    interval = t_interval(values, 0.95)
+    if not interval:
+        return Verdict(UNDECIDED)
+    word = HOLDS if interval.low > least else REVERSED if interval.high < least else UNDECIDED
+    return Verdict(word, interval)
+
+
+def is_equal(values, margin=EQUAL):
+    """The Verdict on a mean that is to be no different from 0.
+
+    It holds with the 90% interval inside the margin (two one-sided tests of 5%), and is reversed with the 95% interval
+    wholly outside.
+    """
+    inner, outer = t_interval(values, 0.90), t_interval(values, 0.95)
+    if not inner:
+        return Verdict(UNDECIDED)
+    if -margin < inner.low and inner.high < margin:
+        return Verdict(HOLDS, inner)
+    return Verdict(REVERSED, outer) if outer.low > margin or outer.high < -margin else Verdict(UNDECIDED, inner)
+
+
+def word_of_all(words):
+    """The word on a claim that is made of each of several comparisons."""
+    if set(words) <= {NOT_RUN}:
+        return NOT_RUN
+    return REVERSED if REVERSED in words else HOLDS if set(words) == {HOLDS} else UNDECIDED
+
+
+def word_of_most(words):
+    """The word on a claim that is made of more than half of several comparisons."""
+    if set(words) <= {NOT_RUN}:
+        return NOT_RUN
+    for word in (HOLDS, REVERSED):
+        if 2 * words.count(word) > len(words):
+            return word
+    return UNDECIDED
 
 
 # ---------------------------------------------------------------- claims
 
-ANY = ["kvr", "popqa", "triviaqa"]
-# name: (D_A, rows that keep more, their D_B, rows that keep less, their D_B, the table of the paper's own figures);
-# the paper's text, sections 3 to 5.
-CLAIMS = {
-    "factoid stage 2 forgets more than non-factoid": (ANY, ["none"], "other", ["none"], "factoid", "table2"),
-    "LAMA forgets more than non-factoid": (ANY, ["none"], "other", ["none"], "lama", "table2"),
-    "random at stage 1 helps on factoid D_B": (ANY, ["random/-"], "factoid", ["none"], "factoid", "table2"),
-    "k-pile at stage 1 hurts on factoid D_B": (ANY, ["none"], "factoid", ["k-pile/-"], "factoid", "table2"),
-    "k-pile at stage 2 helps on factoid D_B": (ANY, ["-/k-pile"], "factoid", ["none"], "factoid", "table2"),
-    "random at stage 2 hurts on factoid D_B": (ANY, ["none"], "factoid", ["-/random"], "factoid", "table2"),
-    "stage 1 mixing beats stage 2 mixing on non-factoid D_B":
-        (ANY, ["random/-", "k-pile/-"], "other", ["-/random", "-/k-pile"], "other", "table2"),
-    "random beats k-pile at stage 1 on non-factoid D_B for KVR":
-        (["kvr"], ["random/-"], "other", ["k-pile/-"], "other", "table2"),
-    "k-pile beats random at stage 1 on non-factoid D_B for PopQA, TriviaQA":
-        (ANY[1:], ["k-pile/-"], "other", ["random/-"], "other", "table2"),
-    "random/k-pile beats -/k-pile on factoid D_B":
-        (ANY, ["random/k-pile"], "factoid", ["-/k-pile"], "factoid", "table2"),
-    "random/k-pile beats replay 0.1 on factoid D_B for KVR":
-        (["kvr"], ["random/k-pile"], "no id", ["replay0.1"], "no id", "table2"),
-    "replay 0.1 keeps less on factoid than on non-factoid D_B":
-        (ANY, ["replay0.1"], "other", ["replay0.1"], "no id", "table4"),
-    "k-pile, a-pile, fineweb keep familiar facts on factoid D_B":
-        (ANY[1:], ["k-pile", "a-pile", "fineweb"], "no id", ["none"], "no id", "table5"),
-    "random/k-pile keeps more over three stages": (["kvr"], ["random/k-pile"], "two", ["none"], "two", "figure8"),
-    "two factoid stages after the first forget most":
-        (["kvr"], ["none"], "two with other", ["none"], "two factoid", "figure8"),
-}  # fmt: skip
+# What is measured of a run: what is left of D_A; what was there after stage 1, in %; and of the logit lens (section 5)
+# the mean layer of first occurrence, in % of the depth, and the entropy over layers, in nats.
+LEFT, BEFORE, FIRST_LAYER, LAYERS = "left", "after stage 1", "first layer", "layers"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a claim's comparisons: a row, as TABLES names it, with generic text as "k-pile"."""
+
+    row: str
+    less: str = ""  # a row whose figure is taken off it
+    after: str = ""  # a group of D_B, where that is not the comparison's
+    of: str = ""  # a D_A, likewise
+    times: float = 1.0
+    measure: str = LEFT
+
+    def text(self, layout):
+        text = row_label(layout.own(self.row))
+        text = f"({text} less {row_label(layout.own(self.less))})" if self.less else text
+        text = f"{self.times:g} x {text}" if self.times != 1 else text
+        groups = {"factoid": "factoid D_B", "two factoid": "two factoid D_B"}
+        text += f" of {LABELS[self.of]}" if self.of else ""
+        text += f" after {groups.get(self.after) or LABELS[self.after]}" if self.after else ""
+        return text + (" after stage 1" if self.measure == BEFORE else "")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, in our words, and what it is made of: of each D_A, part of D_B and pair of Sides the
+    first is to exceed the second."""
+
+    section: str
+    says: str
+    table: str  # whose rows it is about, and so of which model the paper says it
+    pairs: object  # [(row or Side, row or Side)], or a function of (Layout, D_A) that gives them
+    after: tuple  # groups of D_B, a part each; "each GROUP": a part for each of its D_B
+    of: tuple = ()  # D_A; none: all of the table's
+    least: float = 0.0  # by how much the first is to exceed the second
+    margin: float = None  # of a claim of no difference, within which that is to lie
+    most: bool = False  # whether it is about more than half of the comparisons, not about each
+    digits: int = 1  # of its figures
+
+    def verdict(self, differences):
+        """The Verdict on one comparison, from its differences, one a seed."""
+        return is_more(differences, self.least) if self.margin is None else is_equal(differences, self.margin)
+
+    def fits(self, difference):
+        """Whether a difference of means, as printed, is what is claimed."""
+        return difference > self.least if self.margin is None else abs(difference) < self.margin
+
+    def word(self, words):
+        """The verdict on it, from those on its comparisons."""
+        return word_of_most(words) if self.most else word_of_all(words)
+
+
+def columns_in(layout, table, group):
+    """The D_B of a group, as claims call it, or the one that a name is."""
+    factoid, _ = columns_of(table, layout)
+    two_factoid = [two for two in layout.two if all(map(is_factoid, two.split("/")))]  # the later two of three stages
+    groups = {"factoid": factoid, "other": layout.other, "all": [*factoid, *layout.other], "no id": layout.factoid,
+              "no id or other": [*layout.factoid, *layout.other], "two": layout.two, "two factoid": two_factoid,
+              "two with other": [two for two in layout.two if two not in two_factoid]}  # fmt: skip
+    return groups.get(group, [group])
+
+
+def extremes(setting, stage, *mixes):
+    """Of each mix at a stage the rows with the least and the greatest value of a setting that was run."""
+
+    def pairs(layout, a):
+        found = []
+        for mix in mixes:
+            rows = list(layout.varied(a, setting, stage, mix).values())
+            found += [(rows[0], rows[-1])] if rows and rows[0] != rows[-1] else []
+        return found
+
+    return pairs
+
+
+def longer_than(words, mix, stage):
+    """Of a mix at a stage each length above so many words, and that many."""
+
+    def pairs(layout, a):
+        rows = layout.varied(a, "mix_words", stage, mix)
+        return [(row, rows[words]) for n, row in rows.items() if n > words and words in rows]
+
+    return pairs
+
+
+def ratio_slopes(layout, a):
+    """Of each mix what it keeps more with the greatest ratio that both stages had than with the least, at stage 1 and 2."""
+    found = []
+    for mix in ("random", "k-pile"):
+        first, second = (layout.varied(a, "mix_ratio", stage, mix) for stage in (1, 2))
+        ratios = [ratio for ratio in first if ratio in second]
+        if len(ratios) > 1:
+            found.append([Side(rows[ratios[-1]], less=rows[ratios[0]]) for rows in (first, second)])
+    return found
+
+
+NONE, BOTH = "none", "random/k-pile"
+SINGLE = ["random/-", "k-pile/-", "-/random", "-/k-pile"]
+REPLAY = "replay0.1"
+KVR, OTHERS, PROBED = ("kvr",), ("popqa", "triviaqa"), ("kvr", "triviaqa")  # PROBED: in figure 4
+GROUPS = ("factoid", "other")
+NARROW = 5.0  # % of the depth
+CLAIMS = [
+    Claim("1, 2.1", "without a mix every D_B makes facts be forgotten", "table2",
+          [(Side(NONE, measure=BEFORE), NONE)], ("each all",)),
+    Claim("3.1", "factoid D_B make more be forgotten than non-factoid ones", "table2",
+          [(NONE, Side(NONE, after="factoid"))], ("other",)),
+    Claim("3.1", f"after LAMA far less is left than after any non-factoid D_B: by {FAR:.0f} points", "table2",
+          [(NONE, Side(NONE, after="lama"))], ("each other",), least=FAR),
+    Claim("3.1", f"GSM8K, though not factoid, costs significantly: {FAR:.0f} points", "table2",
+          [(Side(NONE, measure=BEFORE), NONE)], ("gsm8k",), least=FAR),
+    Claim("3.2, B.2", "replay reduces forgetting across the board: at every ratio, after every D_B", "table4",
+          [(row, NONE) for row in REPLAYS if row != NONE], ("each all",)),
+    Claim("B.2", "replay does so the more, the greater its ratio", "table4",
+          [("replay0.05", "replay0.01"), (REPLAY, "replay0.05")], GROUPS),
+    Claim("3.2, B.2", "replay of 0.1 is less successful with factoid than with non-factoid D_B", "table4",
+          [(REPLAY, Side(REPLAY, after="factoid"))], ("other",)),
+    Claim("3.2", f"replay of 0.1 does not fully prevent forgetting with factoid D_B: {FAR:.0f} points are lost", "table4",
+          [(Side(REPLAY, measure=BEFORE), REPLAY)], ("factoid",), least=FAR),
+    Claim("4.1", "replay of 0.1 keeps more of KVR with non-factoid D_B (83.9% instead of 40.1)", "table4",
+          [(REPLAY, NONE)], ("other",), KVR),
+    Claim("4.2", "random words at stage 1 prevent forgetting with factoid D_B, on average for every D_A", "table2",
+          [("random/-", NONE)], ("factoid",)),
+    Claim("4.2", "they do so across the board: after every factoid D_B", "table2", [("random/-", NONE)], ("each factoid",)),
+    Claim("4.2", "K-Pile at stage 1 hurts with factoid D_B", "table2", [(NONE, "k-pile/-")], ("factoid",)),
+    Claim("4.2", f"K-Pile at stage 2 is drastically better with factoid D_B: by {FAR:.0f} points", "table2",
+          [("-/k-pile", NONE)], ("factoid",), least=FAR),
+    Claim("4.2", "random words at stage 2 exacerbate forgetting with factoid D_B", "table2",
+          [(NONE, "-/random")], ("factoid",)),
+    Claim("4.2", "with factoid D_B random words are the better mix at stage 1, K-Pile at stage 2", "table2",
+          [("random/-", "k-pile/-"), ("-/k-pile", "-/random")], ("factoid",)),
+    Claim("4.2", "K-Pile at stage 2 helps most where forgetting is severe: with factoid over non-factoid D_B", "table2",
+          [(Side("-/k-pile", less=NONE, after="factoid"), Side("-/k-pile", less=NONE))], ("other",)),
+    Claim("4.2", "a mix at stage 1 is better than at stage 2 across the board with non-factoid D_B", "table2",
+          [("random/-", "-/random"), ("k-pile/-", "-/k-pile")], ("each other",)),
+    Claim("4.2", "with non-factoid D_B, KVR benefits most from random words at stage 1", "table2",
+          [("random/-", row) for row in (NONE, *SINGLE) if row != "random/-"], ("other",), KVR),
+    Claim("4.2", "with non-factoid D_B, PopQA and TriviaQA benefit most from K-Pile at stage 1", "table2",
+          [("k-pile/-", row) for row in (NONE, *SINGLE) if row != "k-pile/-"], ("other",), OTHERS),
+    Claim("4.2", "random words at stage 1 with K-Pile at stage 2 outperform either alone", "table2",
+          [(BOTH, "random/-"), (BOTH, "-/k-pile")], GROUPS),
+    Claim("1", "REMIX (both) helps consistently: after every factoid and non-factoid D_B", "table2",
+          [(BOTH, NONE)], ("each all",)),
+    Claim("1", "REMIX makes it as much as three times: KVR, factoid D_B", "table2",
+          [(BOTH, Side(NONE, times=3.0))], ("factoid",), KVR),
+    Claim("1", "REMIX keeps more of KVR with factoid D_B than replay of 0.1; here both without ID", "table2",
+          [(BOTH, REPLAY)], ("no id",), KVR),
+    Claim("abstract", "REMIX often outperforms replay of 0.1: after more than half of the D_B", "table2",
+          [(BOTH, REPLAY)], ("each no id or other",), most=True),
+    Claim("7", "REMIX outperforms replay of 0.1, with factoid and with non-factoid D_B", "table2",
+          [(BOTH, REPLAY)], ("no id", "other")),
+    Claim("4.2", "Mistral: REMIX prevents forgetting of KVR, with factoid and with non-factoid D_B", "table3",
+          [(BOTH, NONE)], GROUPS, KVR),
+    Claim("4.2", "Mistral: without a mix more is left of PopQA and TriviaQA than of KVR", "table3",
+          [(NONE, Side(NONE, of="kvr"))], GROUPS, OTHERS),
+    Claim("4.2", "Mistral: REMIX gains less on PopQA and TriviaQA than on KVR", "table3",
+          [(Side(BOTH, less=NONE, of="kvr"), Side(BOTH, less=NONE))], GROUPS, OTHERS),
+    Claim("5, fig. 4", "with REMIX facts are first read in earlier layers than without (mean, % of the depth)", "table2",
+          [(Side(NONE, measure=FIRST_LAYER), Side(BOTH, measure=FIRST_LAYER))], ("no id or other",), PROBED),
+    Claim("5, fig. 4", f"K-Pile at stage 1 does not change where: within {NARROW:.0f}% of the depth", "table2",
+          [(Side("k-pile/-", measure=FIRST_LAYER), Side(NONE, measure=FIRST_LAYER))], ("no id or other",), PROBED,
+          margin=NARROW),
+    Claim("5, fig. 4", "with REMIX facts are read in more layers than without (entropy over layers, nats)", "table2",
+          [(Side(BOTH, measure=LAYERS), Side(NONE, measure=LAYERS))], ("no id or other",), PROBED, digits=2),
+    Claim("5, fig. 5", f"it makes no difference which generic text is mixed in: within {EQUAL:.0f} points", "table2",
+          [("-/a-pile", "-/k-pile"), ("-/fineweb", "-/k-pile"), ("random/a-pile", BOTH), ("random/fineweb", BOTH)],
+          ("each factoid",), KVR, margin=EQUAL),
+    Claim("5, fig. 6", "longer random words at stage 1 hurt: the shortest over the longest", "table2",
+          extremes("mix_words", 1, "random"), ("no id",), KVR),
+    Claim("5, fig. 6", f"K-Pile at stage 2 saturates after 50 words: longer ones are within {EQUAL:.0f} points", "table2",
+          longer_than(50, "k-pile", 2), ("no id",), KVR, margin=EQUAL),
+    Claim("5, fig. 7", "at stage 2 a greater ratio costs: the least over the greatest", "table2",
+          extremes("mix_ratio", 2, "random", "k-pile"), ("all",), KVR),
+    Claim("5, fig. 7", "at stage 1 a greater ratio costs less than at stage 2, or pays", "table2",
+          ratio_slopes, ("all",), KVR),
+    Claim("5, fig. 8", "REMIX leads by at least 30 points over three stages, across the board", "table2",
+          [(BOTH, NONE)], ("each two",), KVR, least=30.0),
+    Claim("5, fig. 8", "without a mix least is left where both later stages are factoid", "table2",
+          [(NONE, Side(NONE, after="two factoid"))], ("each two with other",), KVR),
+    Claim("B.3", "K-Pile, A-Pile and FineWeb each keep familiar facts with factoid D_B", "table5",
+          [(text, NONE) for text in ("k-pile", "a-pile", "fineweb")], ("factoid",)),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cell of a table or figure, and what of it is measured."""
+
+    table: str
+    a: str
+    row: str
+    b: str
+    measure: str = LEFT
+
+
+@dataclass(frozen=True)
+class Term:
+    """The mean over some places, so many times."""
+
+    places: tuple
+    after: str  # the group of D_B that its Side names; those of one group are compared over the same D_B
+    times: float = 1.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One of those that a claim is made of: the sum of some terms is to exceed that of others, or to equal it."""
+
+    a: str
+    says: str
+    more: tuple  # of Terms
+    less: tuple
+
+    @property
+    def terms(self):
+        return (*self.more, *self.less)
+
+    @property
+    def places(self):
+        return list(itertools.chain(*[term.places for term in self.terms]))
+
+    @property
+    def columns(self):
+        """The D_B."""
+        return in_order({place.b for place in self.places})
+
+    def of(self, keeps):
+        """The Comparison of those places that a function of (Term, Place) keeps."""
+        sides = []
+        for side in (self.more, self.less):
+            terms = []
+            for term in side:
+                kept = tuple(place for place in term.places if keeps(term, place))
+                terms.append(dataclasses.replace(term, places=kept))
+            sides.append(tuple(terms))
+        return Comparison(self.a, self.says, *sides)
+
+    @property
+    def is_whole(self):
+        return all(term.places for term in self.terms)
+
+
+def comparisons_of(claim, layout):
+    """[Comparison] of a claim on a model's sets, or on the paper's."""
+    found, parts = [], []
+    for group in claim.after:
+        columns = columns_in(layout, claim.table, group.removeprefix("each "))
+        parts += [[b] for b in columns] if group.startswith("each ") else [columns]
+    for a, columns in itertools.product(layout.firsts(claim.table), parts):
+        if claim.of and a not in claim.of:
+            continue
+        for pair in claim.pairs(layout, a) if callable(claim.pairs) else claim.pairs:
+            sides = [side if isinstance(side, Side) else Side(side) for side in pair]
+            says = " over ".join(side.text(layout) for side in sides)
+            found.append(Comparison(a, says, *[terms_of(side, claim.table, layout, a, columns) for side in sides]))
+    return found
+
+
+def terms_of(side, table, layout, a, columns):
+    """The Terms of a Side, for a D_A and D_B."""
+    a, columns = side.of or a, columns_in(layout, table, side.after) if side.after else columns
+    terms = []
+    for row, times in ((side.row, side.times), (side.less, -side.times)):
+        of_table = "table4" if row.startswith("replay") else table
+        places = [Place(of_table, a, layout.own(row), b, side.measure) for b in columns if is_column(a, b)]
+        terms += [Term(tuple(places), side.after, times)] if row else []
+    return tuple(terms)
+
+
+def marks(unlearned, unlike):
+    """What is said behind a verdict of what it rests on: as Compared has it."""
+    return " †" * unlearned + (f" (not alike in {', '.join(unlike)})" if unlike else "")
 
 
 @dataclass
-class Comparison:
-    """Two sides of a claim on a set."""
+class Compared:
+    """A Comparison as some runs have it."""
 
-    more: float  # mean of the side that is to keep more, in %
-    less: float
-    interval: tuple  # (lower, upper), 95%, of the difference
-    seeds: list  # that all runs have in common
-    columns: list  # D_B
+    comparison: Comparison  # of the places that were compared
+    wanted: list  # the D_B that it is about
+    more: dict  # {seed of stage 1: value}
+    less: dict
+    unlearned: bool  # whether a stage behind it did not learn its own set
+    unlike: list  # settings in which its sides differ, beside the mix
+    verdict: Verdict = None
+
+    @property
+    def differences(self):
+        """One a seed, without what floating point makes of equal ones."""
+        return [round(self.more[seed] - self.less[seed], 9) for seed in self.more]
+
+    @property
+    def marks(self):
+        return marks(self.unlearned, self.unlike)
+
+    @property
+    def part(self):
+        """How many of the D_B were compared, where not all; the lens is read after one (figure 4)."""
+        columns, probed = self.comparison.columns, self.comparison.places[0].measure in (FIRST_LAYER, LAYERS)
+        return f"{len(columns)} of {len(self.wanted)}" if columns != self.wanted and not probed else ""
 
 
-def compare(grid, sides, asked):
-    """The Comparison of two sides [[(Stages, D_B), ...], ...] on a set; None without a seed that all have."""
-    runs = []  # of each side [(D_B, {seeds: Run})]
-    for side in sides:
-        cells = [(b, grid.cells[stages]) for stages, b in side if stages in grid.cells]
-        runs.append([(b, {seeds: run for seeds, run in cell.items() if run.score(asked)}) for b, cell in cells])
-    seeds = sorted(set.intersection(*[set(cell) for side in runs for _, cell in side])) if all(runs) else []
-    if not seeds:
+@dataclass
+class Judged:
+    """A Claim as some runs have it."""
+
+    number: int  # its place in CLAIMS
+    claim: Claim
+    found: list  # Compared
+    n: int  # comparisons that it is made of
+
+    @property
+    def words(self):
+        return [one.verdict.word for one in self.found] + [NOT_RUN] * (self.n - len(self.found))
+
+    @property
+    def word(self):
+        return self.claim.word(self.words)
+
+    def text(self):
+        """The verdict, and what it rests on where that is less than it says."""
+        parts = dict.fromkeys(one.part for one in self.found if one.part)
+        on = f" (on {', '.join(parts)} D_B)" if parts else ""
+        settings = dict.fromkeys(itertools.chain(*[one.unlike for one in self.found]))
+        return self.word + on + marks(any(one.unlearned for one in self.found), settings)
+
+
+def claims_of(grid):
+    """{number: Claim} of those that the paper makes of a model; of a model that it has not, those on Llama-3-8B."""
+    of_model, found = PAPERS_MODELS.get(grid.name, PAPERS_MODELS["Meta-Llama-3-8B"]), {}
+    for number, claim in enumerate(CLAIMS, 1):
+        if claim.table == "table5" and "table6" in of_model:
+            claim = dataclasses.replace(claim, table="table6")  # the same is said of both models
+        if claim.table in of_model:
+            found[number] = claim
+    return found
+
+
+def judge(grid, layout):
+    """[Judged] of a model's claims."""
+    judged = []
+    for number, claim in claims_of(grid).items():
+        comparisons, found = comparisons_of(claim, layout), []
+        for comparison in comparisons:
+            if compared := compare(grid, comparison):
+                compared.verdict = claim.verdict(compared.differences)
+                found.append(compared)
+        judged.append(Judged(number, claim, found, len(comparisons)))
+    return judged
+
+
+def compare(grid, comparison):
+    """The Compared, over the D_B that all sides have; None where some side has none."""
+    there = {}  # Place: {seeds: value}
+    for place in comparison.places:
+        if values := measured(grid, place):
+            there[place] = values
+    found = with_shared_seeds(like_with_like(comparison, there), there)
+    if not found.is_whole:
         return None
-    first, shares = runs[0][0][1][seeds[0]], []
-    n_facts = first.score(asked)[1]["total"]
-    for side in runs:
-        answers = torch.zeros(len(side), len(seeds), n_facts, dtype=torch.float64)
-        for i, (_, cell) in enumerate(side):
-            for k, seed in enumerate(seeds):
-                check_same_facts(first, cell[seed], asked)
-                answers[i, k] = torch.tensor(right_answers(cell[seed], asked))
-        shares.append(answers.mean(0))
-    means = [100 * share.mean().item() for share in shares]
-    columns = in_order({b for side in runs for b, _ in side})
-    return Comparison(*means, bootstrap(100 * (shares[0] - shares[1])), seeds, columns)
+    runs, seeds = [], shared_seeds(found, there)
+    for place in found.places:
+        cell = grid.cells[behind(place.table, place.a, place.row, place.b)[0]]
+        runs += [cell[seed] for seed in seeds]
+    check_claim(grid, found.places)
+    more, less = (side_of(terms, there, seeds) for terms in (found.more, found.less))
+    wanted = like_with_like(comparison, dict.fromkeys(comparison.places)).columns
+    return Compared(found, wanted, more, less, bool(not_learned(runs)), unlike(runs))
 
 
-def check_same_facts(one, two, data):
-    """A DataError unless two runs were asked the same facts of a set: a claim pairs them."""
-    if one.score(data)[1]["data_sha256"] != two.score(data)[1]["data_sha256"]:
-        raise DataError(f"{both(one, two)}: runs of one claim, but other facts of {data} by the data_sha256 in their "
-                        "eval.json; name a folder that holds but one of them")  # fmt: skip
+def unlike(runs):
+    """[settings] in which runs differ that learned the same sets at the same stage: more than the mix sets them apart."""
+    found, first = {}, {}  # found: {setting: None}
+    for run in runs:
+        for entry in run.lineage:
+            other = first.setdefault((entry["stage"], stage_set(entry)), entry)
+            for setting in ("data_sha256", "num_examples", "lr", "batch_size", "precision"):
+                if entry[setting] != other[setting]:
+                    found[setting] = None
+    return list(found)
 
 
-def side_of(grid, table, a, rows, columns):
-    """[(Stages, D_B)] of one side of a claim."""
-    pairs = itertools.product(with_own_text(rows, grid), columns)
-    return [(behind(table, a, row, b)[0], b) for row, b in pairs if is_column(a, b)]
+def measured(grid, place):
+    """{seeds: value} of what a Place is about."""
+    stages, asked = behind(place.table, place.a, place.row, place.b)
+    if place.measure == LEFT:
+        return accuracies(grid, stages, asked)
+    found = {}
+    for seeds, run in grid.cells.get(stages, {}).items():
+        if place.measure == BEFORE:
+            found[seeds] = run.own_accuracies[0]
+        elif lens := lens_of(run, place.a):
+            of_layers = place.measure == LAYERS
+            found[seeds] = layer_entropy(lens) if of_layers else mean_first_layer(lens, lens["layers"])
+    return {seeds: value for seeds, value in found.items() if value is not None}
 
 
-def printed_mean(table, a, rows, columns):
-    """The mean of one side of a claim in the paper; None where that has no cell of it."""
-    cells, found = paper_figures().cells, []
-    for row, b in itertools.product(rows, columns if table else []):
-        key = ("table4" if row.startswith("replay") else table, a, row, b)
-        found += [cells[key]] if key in cells else []
-    return statistics.mean(found) if found else None
+def like_with_like(comparison, there):
+    """The Comparison over those D_B that every term of a group has."""
+    shared = {}  # {group: its D_B}
+    for term in comparison.terms:
+        columns = {place.b for place in term.places if place in there}
+        shared[term.after] = shared.get(term.after, columns) & columns
+    return comparison.of(lambda term, place: place in there and place.b in shared[term.after])
 
 
-def claims(grid, layout):
-    """The claims as lines of Markdown. One holds if for each D_A the difference's 95% interval lies above 0."""
-    groups = {"factoid": layout.with_id, "no id": layout.factoid, "other": layout.other, "lama": ["lama"],
-              "two": layout.two}  # fmt: skip
-    groups["two factoid"] = [two for two in layout.two if all(is_factoid(b) for b in two.split("/"))]
-    groups["two with other"] = [two for two in layout.two if two not in groups["two factoid"]]
-    heading = (f"**Claims** ({grid.name}). PASS: the 95% interval of the difference, by a paired bootstrap over "
-               "facts and seeds, lies above 0.")  # fmt: skip
-    lines = ["", heading, "",
-             "| claim | verdict | D_A | keeps more | keeps less | difference | D_B, seeds | in the paper |",
-             "| --- | --- | --- | ---: | ---: | ---: | --- | ---: |"]  # fmt: skip
-    for name, (wanted, more, more_b, less, less_b, table) in CLAIMS.items():
-        if "table3" in PAPERS_MODELS.get(grid.name, []):
-            table = "table6" if table == "table5" else table
-            if table != "table6":
-                continue  # the paper makes it of Llama-3-8B
-        there = layout.firsts(table)
-        names = wanted + [a for a in there if a not in wanted] if wanted is ANY else wanted
-        rows = []
-        for a in [a for a in names if grid.name in PAPERS_MODELS or a in there]:
-            sides = [side_of(grid, table, a, more, groups[more_b]), side_of(grid, table, a, less, groups[less_b])]
-            if more_b == less_b:
-                # A claim about one group of D_B is asked of those that both sides have: like with like.
-                run = [{b for stages, b in side if stages in grid.cells} for side in sides]
-                sides = [[(stages, b) for stages, b in side if b in run[0] & run[1]] for side in sides]
-            found = compare(grid, sides, behind(table, a, "none", "id")[1])
-            printed = [printed_mean(table, a, more, groups[more_b]), printed_mean(table, a, less, groups[less_b])]
-            theirs = "" if None in printed else f"{printed[0] - printed[1]:+.1f}"
-            if found:
-                low, high = found.interval
-                difference = f"{found.more - found.less:+.1f} [{low:+.1f}, {high:+.1f}]"
-                rows.append((low > 0, f"{LABELS.get(a, a)} | {found.more:.1f} | {found.less:.1f} | {difference} | "
-                                      f"{', '.join(found.columns)}; {len(found.seeds)} | {theirs}"))  # fmt: skip
-            else:
-                rows.append((None, f"{LABELS.get(a, a)} | | | | | {theirs}"))
-        held = [held for held, _ in rows]
-        verdict = "NOT RUN" if not held or None in held and False not in held else "FAIL" if False in held else "PASS"
-        for i, (_, text) in enumerate(rows or [(None, "| | | | | ")]):
-            lines.append(f"| {name if i == 0 else ''} | {verdict if i == 0 else ''} | {text} |")
-    return lines
+def with_shared_seeds(comparison, there):
+    """The Comparison without those D_B, as few as possible, that keep the others from sharing FEWEST seeds of stage 1;
+    the whole where leaving out does not help."""
+    if len(comparison.columns) < 2:
+        return comparison
+    seeds_of, best = {}, {}  # seeds_of: {D_B: the seeds that all its places have}
+    for place in comparison.places:
+        seeds_of[place.b] = seeds_of.get(place.b, there[place].keys()) & there[place].keys()
+    for few in itertools.combinations(sorted(set().union(*seeds_of.values())), FEWEST):
+        kept = {b for b, seeds in seeds_of.items() if seeds >= set(few)}
+        enough = len({seeds[0] for seeds in few}) == FEWEST and len(kept) > len(best)
+        if enough and comparison.of(lambda term, place, kept=kept: place.b in kept).is_whole:
+            best = kept
+    return comparison.of(lambda term, place: place.b in best) if best else comparison
+
+
+def shared_seeds(comparison, there):
+    """The seeds that all places of a Comparison have, in order."""
+    return sorted(set.intersection(*[set(there[place]) for place in comparison.places])) if comparison.places else []
+
+
+def side_of(terms, there, seeds):
+    """{seed of stage 1: the sum of a side's terms}, the mean over the later stages' seeds: runs that share a first stage
+    share what it did, and count as one. there: {Place: {seeds: value}}."""
+    found = {}
+    for of_stages in seeds:
+        value = 0.0
+        for term in terms:
+            value += term.times * statistics.mean(there[place][of_stages] for place in term.places)
+        found.setdefault(of_stages[0], []).append(value)
+    return {seed: statistics.mean(values) for seed, values in found.items()}
+
+
+def check_claim(grid, places):
+    """A DataError unless the runs of a comparison were asked the same facts of each D_A, and probed alike."""
+    first, probed = {}, {}  # the set that was asked: a run, and its lens
+    for place in places:
+        stages, asked = behind(place.table, place.a, place.row, place.b)
+        for run in grid.cells[stages].values():
+            if score := run.score(asked):
+                other = first.setdefault(asked, run)
+                if other.score(asked)[1]["data_sha256"] != score[1]["data_sha256"]:
+                    raise DataError(f"{both(other, run)}: runs of one claim, but other facts of {asked} by the data_sha256 "
+                                    "in their eval.json; name a folder that holds but one of them")  # fmt: skip
+            lens = lens_of(run, place.a) if place.measure in (FIRST_LAYER, LAYERS) else None
+            other = probed.setdefault(asked, lens) if lens else None
+            for key in ("data_sha256", "first_token", "top_k", "layers") if lens else ():
+                if key in lens and key in other and lens[key] != other[key]:
+                    raise DataError(f"{run.folder}/probe.{place.a}.json: other {key} than in other runs of one claim; run "
+                                    "probe.py on them alike")  # fmt: skip
+
+
+def paper_layout():
+    """The Layout of the paper's own tables, whose ID is that of table 2."""
+    columns = paper_figures().columns
+    factoid, other = columns["table4", "kvr"]
+    firsts = {a for table, a in columns if table not in FAMILIAR}
+    familiar = {a for table, a in columns if table in FAMILIAR}
+    return Layout(in_order(firsts), in_order(factoid), in_order(other), in_order(familiar), [])
+
+
+def printed_sides(comparison):
+    """(more, less) by the paper's printed cells; None where it does not print one of them."""
+    printed, there = paper_figures().cells, {}
+    for place in comparison.places:
+        value = printed.get((place.table, place.a, place.row, place.b)) if place.measure == LEFT else None
+        value = 100.0 if place.measure == BEFORE else value  # "trained to 100% accuracy", table 1
+        if value is None:
+            return None
+        there[place] = {(None,): value}
+    if not comparison.is_whole:
+        return None
+    return tuple(side_of(terms, there, [(None,)])[None] for terms in (comparison.more, comparison.less))
+
+
+def said_column(b):
+    return " then ".join(LABELS.get(name, name) for name in b.split("/"))
+
+
+def said_columns(columns):
+    return ", ".join(map(said_column, columns)) or "-"
+
+
+def said_by_cells(claim):
+    """What the paper's own printed cells say of a claim: how many of its comparisons fit, and which do not."""
+    n, against = 0, []
+    for comparison in comparisons_of(claim, paper_layout()):
+        if sides := printed_sides(comparison):
+            n += 1
+            if not claim.fits(sides[0] - sides[1]):
+                columns = [place.b for place in comparison.more[0].places]
+                pooled = "factoid D_B" if is_factoid(columns[0]) else "non-factoid D_B"
+                where = pooled if len(columns) > 1 else said_columns(columns)
+                text = f"{LABELS[comparison.a]}, {where}: {comparison.says} {sides[0] - sides[1]:+.1f}"
+                against.append((sides[0] - sides[1], text))
+    worst = [text for _, text in sorted(against)[:3]]
+    text = f"{n - len(against)} of {n} fit" + (f"; not {'; '.join(worst)}" if worst else "")
+    return text + (f"; nor {len(against) - len(worst)} more" if len(against) > len(worst) else "") if n else "not printed"
+
+
+def claim_lines(grid, judged):
+    """The claims as lines of Markdown, and what was compared for them."""
+    n, n_judged, rows = 0, 0, []
+    for one in judged:
+        counts = Counter(one.words)
+        words = ", ".join(f"{counts[word]} {word}" for word in (HOLDS, REVERSED, UNDECIDED, NOT_RUN) if counts[word])
+        rows.append([str(one.number), one.claim.section, one.claim.says, one.text(), words or "none", said_by_cells(one.claim)])
+        with_interval = [found for found in one.found if found.verdict.interval]
+        n, n_judged = n + len(with_interval), n_judged + bool(with_interval)
+    above = (
+        f"**Claims** ({grid.name}). Claims judged at once: {n_judged} of {len(judged)}; comparisons for them: {n}, each by "
+        "Student's t over the paired differences of seeds: about other seeds, not other facts. HOLDS: the 95% interval of "
+        "every comparison (where a claim says so, of more than half) lies above what is claimed; REVERSED: that of one (more "
+        f"than half) lies below; else UNDECIDED, as with fewer than {FEWEST} seeds. Of no difference: the 90% interval lies "
+        "within the margin; the 95% interval lies wholly outside. Where nothing differs, chance alone makes one comparison in "
+        f"40 hold and one in 40 be reversed: of {n} about {n / 40:.1f} each. †: a stage did not learn its own set.")  # fmt: skip
+    titles = ["", "section", "claim", "verdict", "its comparisons", "by the paper's own cells"]
+    return markdown(above, titles, rows, numbers=[0]) + comparison_lines(grid, judged)
+
+
+def comparison_lines(grid, judged):
+    """What was compared for claims as lines of Markdown, in points where a claim names no other unit."""
+    rows = []
+    for one in judged:
+        digits = one.claim.digits
+        for found in one.found:
+            comparison, difference, sides = found.comparison, mean_of(found.differences), printed_sides(found.comparison)
+            columns = said_columns(comparison.columns) + (f" ({found.part})" if found.part else "")
+            means = [mean_of(side.values()) for side in (found.more, found.less)]
+            rows.append([str(one.number), LABELS.get(comparison.a, comparison.a), comparison.says, columns,
+                         str(len(found.more)), *[f"{mean.value:.{digits}f}" if mean else "" for mean in means],
+                         f"{difference.value:+.{digits}f}" if difference else "",
+                         found.verdict.text(digits) + found.marks,
+                         f"{sides[0] - sides[1]:+.1f}" if sides else ""])  # fmt: skip
+    above = f"What was compared ({grid.name}; the claim's number; means over D_B and seeds):"
+    titles = ["", "D_A", "comparison", "D_B", "seeds", "of the first", "of the second", "difference", "verdict",
+              "in the paper"]  # fmt: skip
+    return markdown(above, titles, rows, numbers=[0, 4, 5, 6, 7, 9]) if rows else []
 
 
 # ---------------------------------------------------------------- the mix or its steps
 
-EQUAL = 10.0  # points within which two rows are called equal
+
+@dataclass
+class Rung:
+    """What a mix keeps more than a control of it, after one D_B."""
+
+    b: str
+    mixed: str  # rows
+    control: str
+    found: Compared
+    notes: list  # on the control's steps
 
 
-def verdicts(grid, layout):
-    """Lines of Markdown: of each row of LADDER whether its mix keeps more than that control, for each D_A and D_B.
-
-    By t intervals over the seeds that both have: it does if the 95% interval of the differences lies above 0; the two
-    are equal if the 90% interval lies within 10 points either way.
-    """
-    lines = []
-    ladder = ladder_of(grid).items()
-    for a, (control, mixed), b in itertools.product(layout.first, ladder, [*layout.with_id, *layout.other]):
-        sides = [cell_of(grid, "table2", a, of, b) if is_column(a, b) else {} for of in (mixed, control)]
-        seeds = sorted(sides[0].keys() & sides[1].keys())
-        if not seeds:
-            continue
-        for seed in seeds:
-            check_same_facts(*[grid.cells[chain(a, of, b)][seed] for of in (mixed, control)], a)
-        differences = [sides[0][seed] - sides[1][seed] for seed in seeds]
-        compared_with = row_label(control).removesuffix(OURS) + other_steps(grid, a, control, b)
-        names = [LABELS.get(a, a), LABELS.get(b, b), row_label(mixed), compared_with]
-        found = [f"{statistics.mean(differences):+.1f}", keeps_more(differences), are_equal(differences)]
-        lines.append(f"| {' | '.join([*names, str(len(seeds)), *found])} |")
-    if lines:
-        heading = (f"**The mix or its steps?** ({grid.name}; not in the paper). Points that a row keeps more than "
-                   "another, by Student's t over the seeds' paired differences.")  # fmt: skip
-        titles = ["D_A", "D_B", "row", "compared with", "seeds", "difference", "keeps more (95%)",
-                  f"equal, within {EQUAL:.0f} points (90%)"]  # fmt: skip
-        lines = ["", heading, "", f"| {' | '.join(titles)} |", "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
-                 *lines]  # fmt: skip
-    return lines
+def rungs(grid, layout):
+    """[Rung] of the rows of LADDER, on each D_A after each D_B that both rows have."""
+    rungs_, columns = [], [*layout.with_id, *layout.other]
+    for a, (control, mixed), b in itertools.product(layout.first, ladder_of(grid).items(), columns):
+        sides = [(Term((Place("table2", a, row, b),), ""),) for row in (mixed, control)]
+        found = compare(grid, Comparison(a, "", *sides)) if is_column(a, b) else None
+        if found and found.more:
+            rungs_.append(Rung(b, mixed, control, found, other_steps(grid, a, control, b)))
+    return rungs_
 
 
-def keeps_more(differences):
-    """The verdict on a mix that is to keep more than its control, from the seeds' differences in points."""
-    interval = t_interval(differences, 0.95)
-    if not interval:
-        return "one seed"
-    verdict = "yes" if interval[0] > 0 else "no, less" if interval[1] < 0 else "open"
-    return f"{verdict} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
-
-
-def are_equal(differences):
-    """The verdict on a mix and its control that are to be equal, from the seeds' differences in points."""
-    interval = t_interval(differences, 0.90)
-    if not interval:
-        return "one seed"
-    apart = interval[0] > EQUAL or interval[1] < -EQUAL
-    verdict = "yes" if interval[0] > -EQUAL and interval[1] < EQUAL else "no" if apart else "open"
-    return f"{verdict} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
+def rung_lines(grid, found):
+    """Rungs as lines of Markdown: whether the mix keeps more than its control, and whether the two are equal."""
+    if not found:
+        return []
+    above = (f"**The mix or its steps?** ({grid.name}; not in the paper). Points that a row keeps more than another, "
+             f"by Student's t over the seeds' paired differences: {2 * len(found)} verdicts at once, each as on claims.")  # fmt: skip
+    titles = ["D_A", "D_B", "row", "compared with", "seeds", "difference", "keeps more (95%)",
+              f"equal, within {EQUAL:.0f} points (90%)"]  # fmt: skip
+    rows = []
+    for rung in found:
+        a, differences = rung.found.comparison.a, rung.found.differences
+        notes = f" ({', '.join(rung.notes)})" if rung.notes else ""
+        rows.append([LABELS.get(a, a), LABELS.get(rung.b, rung.b), row_label(rung.mixed),
+                     row_label(rung.control).removesuffix(OURS) + notes, str(len(differences)),
+                     f"{mean_of(differences).value:+.1f}" + rung.found.marks,
+                     is_more(differences).text(), is_equal(differences).text()])  # fmt: skip
+    return markdown(above, titles, rows, numbers=[4, 5])
 
 
 # ---------------------------------------------------------------- figures
 
 
-def figures(grid, layout, folder, starts):
-    """Draw the paper's figures for one model; returns the files' names."""
+@dataclass
+class Curve:
+    """What a panel shows under one label: a line, or bars of one color."""
+
+    label: str  # if empty, none in the legend
+    points: list  # [(x, Mean over seeds)]
+    style: str = "o-"  # as matplotlib has it, of a line
+    color: str = ""  # if empty, the label's
+
+    @classmethod
+    def of(cls, label, found, style="o-"):
+        """Of [(x, values over seeds)]: in the order of x, without those of no value."""
+        points = [(x, mean_of(values)) for x, values in found if values]
+        return cls(label, sorted(points, key=lambda point: point[0]), style)
+
+
+@dataclass
+class Panel:
+    title: str
+    xlabel: str
+    curves: list  # of Curves, empty ones too
+    ylabel: str = "exact match on D_A, %"
+    ylim: tuple = (-3, 103)
+    ticks: list = ()  # what x = 0, 1, ... are: with them curves are bars
+    log_x: bool = False
+    least: int = 1  # points of a curve, or curves of bars, without which it shows nothing of its subject
+
+    @property
+    def drawn(self):
+        return [curve for curve in self.curves if curve.points]
+
+    @property
+    def shows(self):
+        most = max((len(curve.points) for curve in self.drawn), default=0)
+        return (len(self.drawn) if self.ticks else most) >= self.least
+
+    @property
+    def labels(self):
+        return list(dict.fromkeys(curve.label for curve in self.drawn if curve.label))
+
+
+def figures(grid, layout, folder):
+    """Draw the paper's figures for one model, as far as there is something to draw; returns the files' names."""
     drawn = []
-    if layout.first:
-        ablated = layout.first[0]  # Key-Value Recall where it was trained on: the set of figures 5 to 8
-        rows, sources = with_own_text(MIXES, grid), [grid.generic, "a-pile", "fineweb"]
-        firsts, with_id, other = layout.first, layout.with_id, layout.other
-        mixed = [f"{mix}/{source}" for mix in ("-", "random") for source in sources]
-        every = [*with_id, *other]
-        groups = ((layout.factoid, "factoid D_B"), (other, "non-factoid D_B"))
-        lengths = ((1, "random"), (2, grid.generic))
-        ratios = list(itertools.product((2, 1), ("random", grid.generic)))
-        pictures = {  # name: panels, each a function of axes
-            "figure2": [replayed(grid, firsts, names, title) for names, title in groups],
-            "figure5": [bars(grid, ablated, ["none", *mixed], with_id)],
-            "figure6": [varied(grid, ablated, "mix_words", stage, mix, layout.factoid) for stage, mix in lengths],
-            "figure7": [varied(grid, ablated, "mix_ratio", stage, mix, every) for stage, mix in ratios],
-            "figure8": [bars(grid, ablated, with_own_text(["none", "random/k-pile"], grid), layout.two)],
-            "figure9": [bars(grid, a, rows, with_id) for a in firsts],
-            "figure10": [bars(grid, a, rows, other) for a in firsts],
-            "forgetting": [over_time(grid, a, rows, every, starts) for a in firsts],
-        }
-        dosed = [a for a in firsts if doses(grid, a)]
-        if dosed:
-            pictures["dose"] = [dose(grid, a, measure) for a in dosed for measure in (passes, first_loss)]
-        for name, panels in pictures.items():
+    for name, panels in panels_of(grid, layout).items() if layout.first else ():
+        shown = [panel for panel in panels if panel.shows]
+        panels = panels if name == "figure7" else shown  # one column a mix and stage, run or not
+        if shown:
             drawn.append(f"{name}-{grid.name}.png")
             draw_panels(panels, folder / drawn[-1], {"figure7": 4, "dose": 2}.get(name, 3))
     return drawn
 
 
-LENS_FIELDS = {"frequency": list, "first_share": list, "accuracy": (int, float), "top_k": int, "floor": dict}
-LENS_FIGURES = {"kvr": "figure11", "triviaqa": "figure12"}  # beside figure 4, which has them all
+def panels_of(grid, layout):
+    """{figure: its Panels} of one model."""
+    firsts, with_id, other = layout.first, layout.with_id, layout.other
+    ablated = firsts[0]  # Key-Value Recall where it was trained on: the set of figures 5 to 8
+    rows, sources = list(map(grid.own, MIXES)), [grid.generic, "a-pile", "fineweb"]
+    mixed = [f"{mix}/{source}" for mix in ("-", "random") for source in sources]
+    lengths = ((1, "random"), (2, grid.generic))
+    return {
+        "figure2": [replayed(grid, firsts, [*layout.factoid, *other])],
+        "figure5": [bars(grid, ablated, ["none", *mixed], with_id)],
+        "figure6": [varied(grid, ablated, "mix_words", stage, mix, layout.factoid) for stage, mix in lengths],
+        "figure7": by_ratio(grid, ablated, {"factoid D_B": with_id, "non-factoid D_B": other}),
+        "figure8": [bars(grid, ablated, ["none", f"random/{grid.generic}"], layout.two)],
+        "figure9": [bars(grid, a, rows, with_id) for a in firsts],
+        "figure10": [bars(grid, a, rows, other) for a in firsts],
+        "forgetting": [over_time(grid, a, rows, [*with_id, *other]) for a in firsts],
+        "dose": [dose(grid, a, measure) for a, measure in itertools.product(firsts, (passes, first_loss))],
+    }
 
 
-def wrong_in_lens(result):
-    """As wrong_fields, of a probe.NAME.json and of what its floor holds."""
-    if wrong := wrong_fields(result, LENS_FIELDS):
-        return wrong
-    base, shuffled = result["floor"].get("base_model", result), result["floor"].get("shuffled")
-    drawn = {name: LENS_FIELDS[name] for name in ("frequency", "first_share", "accuracy")}
-    if wrong_fields(base, drawn) or wrong_fields(shuffled, {"frequency": list}):
-        return ["floor"]
-    shares = [result["frequency"], result["first_share"], base["frequency"], base["first_share"], shuffled["frequency"]]
-    numbers = all(isinstance(share, (int, float)) for share in itertools.chain(*shares))
-    return [] if numbers else ["frequency", "first_share"]
-
-
-def lens_figures(grid, folder):
-    """Draw figures 4, 11 and 12 from what probe.py left of chains; returns the files' names."""
-    drawn, lens = [], {}  # lens: D_A -> results
-    for stages, cell in sorted(grid.cells.items()):
-        run, a = cell[min(cell)], stages[0].data
-        if len(stages) > 1 and (file := run.folder / f"probe.{a}.json").exists():
-            result = read_rows(file)
-            if wrong := wrong_in_lens(result):
-                raise DataError(f"{file}: has not what probe.py writes as {', '.join(wrong)}; run probe.py again")
-            lens.setdefault(a, []).append((a, f"{label_of(stages)}, after {stages[-1].data}", result))
-    of_lens = {"figure4": list(itertools.chain(*lens.values()))}  # figure 4 has all sets, the others one each
-    of_lens |= {LENS_FIGURES[a]: results for a, results in lens.items() if a in LENS_FIGURES}
-    for name, results in of_lens.items():
-        if results:
-            drawn.append(f"{name}-{grid.name}.png")
-            draw_figure4(results, folder / drawn[-1])
-    return drawn
-
-
-def replayed(grid, firsts, names, title):
-    """Figure 2: accuracy against the replay ratio, averaged over D_B, a curve a D_A."""
-    series = {}
+def replayed(grid, firsts, columns):
+    """Figure 2: accuracy against the replay ratio, a curve a D_A: the mean over those D_B that all its ratios have."""
+    curves = []
     for a in firsts:
-        points = []
-        for row, ratio in REPLAYS.items():
-            cells = [cell_of(grid, "table4", a, row, b) for b in names if is_column(a, b)]
-            points.append((ratio, list(average([cell for cell in cells if cell]).values())))
-        series[LABELS.get(a, a)] = points
-    return lambda axes: lines_over(axes, series, title, "replay ratio")
+        cells, points = {}, []  # cells: {row: {D_B: {seeds: accuracy}}}
+        for row, b in itertools.product(REPLAYS, columns):
+            if is_column(a, b) and (cell := cell_of(grid, "table4", a, row, b)):
+                cells.setdefault(row, {})[b] = cell
+        shared = set.intersection(*map(set, cells.values())) if cells else ()
+        for row, found in cells.items():
+            points.append((REPLAYS[row], list(average([found[b] for b in shared]).values())))
+        curves.append(Curve.of(LABELS.get(a, a), points))
+    return Panel("Replay", "replay ratio", curves, "exact match on D_A, %, mean over D_B", least=2)
 
 
-def varied(grid, a, setting, stage, mix, columns):
+def by_ratio(grid, a, groups):
+    """Figure 7: a row of panels for each group {name: D_B} that has runs; left stage 2, right stage 1."""
+    panels = []
+    for name, columns in groups.items():
+        row = []
+        for stage, mix in itertools.product((2, 1), ("random", grid.generic)):
+            row.append(varied(grid, a, "mix_ratio", stage, mix, columns, f": {name}"))
+        panels += row if any(panel.shows for panel in row) else []
+    return panels
+
+
+def varied(grid, a, setting, stage, mix, columns, said=""):
     """Figures 6 and 7: accuracy against the mix's length or ratio at a stage, a curve a D_B.
 
     The runs' tag is the setting's name.
     """
-    series = {}
+    curves = []
     for b in [b for b in columns if is_column(a, b)]:
-        base = chain(a, f"{mix}/-" if stage == 1 else f"-/{mix}", b)
-        points = [(0.0, list(cell_of(grid, "table2", a, "none", b).values()))] if setting == "mix_ratio" else []
-        for stages, cell in grid.cells.items():
-            at = dataclasses.replace(stages[stage - 1], tag="", varied=()) if len(stages) == len(base) else None
-            alike = at and (*stages[: stage - 1], at, *stages[stage:]) == base
-            if alike and stages[stage - 1].tag in ("", setting):
-                entry = next(iter(cell.values())).lineage[stage - 1]
-                points.append((entry[setting], list(accuracies(grid, stages, a).values())))
-        series[LABELS.get(b, b)] = points
+        points = []
+        for value, row in varied_rows(grid, a, setting, stage, mix).items():
+            if cell := cell_of(grid, "table2", a, row, b):
+                points.append((value, list(cell.values())))
+        if points and setting == "mix_ratio":
+            points.append((0.0, list(cell_of(grid, "table2", a, "none", b).values())))
+        curves.append(Curve.of(LABELS.get(b, b), points))
     xlabel = {"mix_words": "words of a passage", "mix_ratio": "mixing ratio"}[setting]
-    return lambda axes: lines_over(axes, series, f"{LABELS.get(mix, mix)}, stage {stage}", xlabel)
+    least = 3 if any(x == 0 for curve in curves for x, _ in curve.points) else 2  # the ratio 0 is no mix
+    title, ylabel = f"{LABELS.get(mix, mix)}, stage {stage}{said}", f"exact match on {LABELS.get(a, a)}, %"
+    return Panel(title, xlabel, curves, ylabel, least=least)
 
 
 def doses(grid, a):
     """{(D_B, mix of stage 1): [cell]} of runs that differ in the passes of stage 1 alone."""
-    found = {}
+    found, numbers = {}, {}
     for stages, cell in grid.cells.items():
         first, *later = stages
         plain = first.data == a and first.mix_weight == "1" and first.tag in ("", "long", "epochs")
         if plain and not first.replay and len(later) == 1 and later[0] == Stage(later[0].data):
-            found.setdefault((later[0].data, first.mix), []).append(cell)
-    passed = lambda cell: passes(next(iter(cell.values())).lineage[0])
-    return {curve: cells for curve, cells in found.items() if len(set(map(passed, cells))) > 1}
+            key = (later[0].data, first.mix)
+            found.setdefault(key, []).append(cell)
+            numbers.setdefault(key, set()).add(passes(next(iter(cell.values())).lineage[0]))
+    return {key: cells for key, cells in found.items() if len(numbers[key]) > 1}
 
 
 def dose(grid, a, measure):
-    """A panel of what is left of D_A against what stage 1 was: of each D_B and mix a curve over its number of passes.
+    """What is left of D_A against what stage 1 was: of each D_B and mix a curve over its number of passes.
 
     measure: passes or first_loss, of an entry of run.json.
     """
-    series = {}
+    curves = []
     for (b, mix), cells in sorted(doses(grid, a).items()):
         points = []
         for cell in cells:
-            runs = [run for run in cell.values() if run.score(a)]
-            kept = [run.score(a)[1]["accuracy"] for run in runs]
+            runs = [run for run in cell.values() if run.score(a) and not math.isnan(measure(run.lineage[0]))]
             if runs:
-                points.append((statistics.mean(measure(run.lineage[0]) for run in runs), kept))
-        series[f"{LABELS.get(mix, mix)}, then {LABELS.get(b, b)}"] = points
-
-    def panel(axes):
-        lines_over(axes, series, LABELS.get(a, a), measure.__doc__)
-        axes.set(ylabel="exact match on D_A, %")
-        if measure is first_loss and any(x > 0 for x, _ in itertools.chain(*series.values())):
-            axes.set_xscale("log")
-
-    return panel
+                x = mean_of([measure(run.lineage[0]) for run in runs]).value
+                points.append((x, [run.score(a)[1]["accuracy"] for run in runs]))
+        curves.append(Curve.of(f"{LABELS.get(mix, mix)}, then {LABELS.get(b, b)}", points))
+    xs = [x for curve in curves for x, _ in curve.points]
+    log_x = measure is first_loss and any(x > 0 for x in xs)
+    return Panel(LABELS.get(a, a), measure.__doc__, curves, log_x=log_x)
 
 
 def passes(entry):
@@ -2291,26 +2972,205 @@ def first_loss(entry):
     return entry["losses"].get("own", math.nan)
 
 
-def over_time(grid, a, rows, columns, starts):
+def bars(grid, a, rows, columns):
+    """Figures 5 and 8 to 10: accuracy on D_A, a group of bars for each D_B, in it one for each row of table 2."""
+    columns = [b for b in columns if is_column(a, b)]
+    curves = []
+    for row in rows:
+        found = [(i, list(cell_of(grid, "table2", a, row, b).values())) for i, b in enumerate(columns)]
+        curves.append(Curve.of(row_label(row).replace("*", ""), found))
+    below = lambda b: "\n".join(LABELS.get(part, part) for part in b.split("/"))
+    xlabel = "D_B, then D_C" if any("/" in b for b in columns) else "D_B"
+    return Panel(LABELS.get(a, a), xlabel, curves, ylim=(0, 103), ticks=list(map(below, columns)), least=2)
+
+
+def over_time(grid, a, rows, columns):
     """What is left of D_A while stage 2 trains, a curve a run, by the rows of table 2 over every D_B."""
-    curves = {}
-    for row in [*rows, "long"]:
-        for b in [b for b in columns if is_column(a, b)]:
-            for _, run in sorted(grid.cells.get(chain(a, row, b), {}).items()):
-                curves.setdefault(row_label(row).replace("*", ""), []).append(retention(run, starts))
-    return lambda axes: draw_curves(axes, curves, LABELS.get(a, a))
+    curves = []
+    for row, b in itertools.product([*rows, "long"], [b for b in columns if is_column(a, b)]):
+        for _, run in sorted(grid.cells.get(chain(a, row, b), {}).items()):
+            curves.append(Curve.of(row_label(row).replace("*", ""), retention(run), ".-"))
+    return Panel(LABELS.get(a, a), "% of the last stage's steps", curves, least=2)
 
 
-def retention(run, starts):
-    """[(% of the last stage's steps, accuracy on the first stage's facts)]: of two stages at 0 what the first left,
+def retention(run):
+    """[(% of the last stage's steps, [accuracy on the first stage's facts])]: of two stages at 0 what the first left,
     then the checks in metrics.jsonl."""
     name, steps = set_names(run.lineage)[0], run.lineage[-1]["steps"]
-    before = after_stage_1(run, starts) if len(run.lineage) == 2 else None
+    before = run.own_accuracies[0] if len(run.lineage) == 2 else None
     file = run.folder / "metrics.jsonl"
     checks = [row for row in read_rows(file) if row.get("data") == name] if file.exists() else []
     if any(wrong_fields(row, {"step": int, "accuracy": (int, float)}) for row in checks):
         raise DataError(f"{file}: a check of {name} has no step or accuracy; restore it, or train that run again")
-    return [(0, before)] * (before is not None) + [(100 * row["step"] / steps, row["accuracy"]) for row in checks]
+    return [(0, [before])] * (before is not None) + [(100 * row["step"] / steps, [row["accuracy"]]) for row in checks]
+
+
+def over_last_stage(cells):
+    """What was left of the first stage's facts while the last stage trained, of chains whatever they are.
+
+    The checks ask the first --eval-facts of them.
+    """
+    curves, firsts = [], {stages[0].data for stages in cells}
+    for stages, cell in sorted(cells.items()):
+        runs = [run for _, run in sorted(cell.items())]
+        data = "" if len(firsts) == 1 else f"{stages[0].data}: "
+        steps = " + ".join(map(str, learned(runs).steps))
+        label = f"{data}{label_of(stages)}, then {stages[-1].data} ({steps} steps)"
+        curves += [Curve.of(label, retention(run), ".-") for run in runs]
+    return Panel(None, "% of the last stage's steps", curves, "exact match on the first stage's facts, %", least=2)
+
+
+# ---------------------------------------------------------------- figures of the lens
+
+LENS_LISTS = ["hits", "first_hits", "frequency"]  # a number a layer, of which the first is the embedding: L + 1
+LENS_FIELDS = {**dict.fromkeys(["layers", "top_k", "total"], int), **dict.fromkeys(LENS_LISTS, list),
+               "accuracy": (int, float), "floor": dict}  # fmt: skip
+LENS_FIGURES = {"kvr": "figure11", "triviaqa": "figure12"}
+
+
+@dataclass
+class Lens:
+    """What the lens found of a set in checkpoints that differ in their seeds alone."""
+
+    data: str
+    label: str
+    results: dict  # {seed or seeds as a text: content of probe.NAME.json}
+
+    @property
+    def by_seed(self):
+        return [Lens(self.data, f"seed {seed}", {seed: result}) for seed, result in self.results.items()]
+
+
+def lens_of(run, a):
+    """The checked content of a run's probe.NAME.json of a set; None where it was not probed."""
+    file = run.folder / f"probe.{a}.json"
+    if not file.exists():
+        return None
+    result = read_rows(file)
+    if wrong := wrong_in_lens(result):
+        raise DataError(f"{file}: has not what probe.py writes as {', '.join(wrong)}; run probe.py again")
+    return result
+
+
+def wrong_in_lens(result):
+    """As wrong_fields, of a probe.NAME.json and of what is drawn of its floor: all numbers from 0 on, one a layer."""
+    if wrong := wrong_fields(result, LENS_FIELDS):
+        return wrong
+    n, floor, whole = result["layers"] + 1, result["floor"], [*LENS_LISTS, "accuracy"]
+    parts = [(result, whole), (floor.get("shuffled"), ["frequency"]), (floor.get("base_model", result), whole)]
+    for part, names in parts:
+        wrong = wrong_fields(part, {name: LENS_FIELDS[name] for name in names})
+        for name in names if not wrong else ():
+            values = part[name] if name in LENS_LISTS else [part[name]] * n
+            fit = all(isinstance(value, (int, float)) and 0 <= value < 1e15 for value in values)
+            wrong += [] if fit and len(values) == n > 1 else [name]
+        if wrong:
+            return wrong if part is result else ["floor"]
+    return []
+
+
+def first_share(counts):
+    """[share] of each layer: first occurrences of right tokens there, of all occurrences at any layer (section 5).
+
+    counts: {"hits": [L + 1 counts], "first_hits": [L + 1 counts]}.
+    """
+    return [first / max(1, sum(counts["hits"])) for first in counts["first_hits"]]
+
+
+def mean_first_layer(counts, layers):
+    """Where right tokens occur first (section 5: REMIX learns in earlier layers): the mean layer in % of the depth.
+
+    0 is the embedding, 100 the last block. None where none ever occurs.
+    """
+    found = sum(counts["first_hits"])
+    weighted = sum(layer * first for layer, first in enumerate(counts["first_hits"]))
+    return 100 * weighted / found / layers if found else None
+
+
+def layer_entropy(counts):
+    """How many layers respond (section 5: REMIX diversifies them): entropy in nats of the layers of all occurrences.
+
+    0 where one layer has them all, log(L + 1) where each has as many. None where none ever occurs.
+    """
+    total = sum(counts["hits"])
+    shares = [hits / total for hits in counts["hits"] if hits]
+    return sum(share * math.log(1 / share) for share in shares) if total else None
+
+
+def lens_figures(grid, folder):
+    """Draw figures 4, 11 and 12 from what probe.py left of chains; returns the files' names."""
+    drawn, lenses = [], lenses_of(grid)
+    compared = [lens for a, found in lenses.items() for lens in strategies(grid, a, found)]
+    if compared:
+        drawn.append(f"figure4-{grid.name}.png")
+        draw_figure4(compared, folder / drawn[-1])
+    for a, name in LENS_FIGURES.items():
+        if a in lenses:
+            drawn.append(f"{name}-{grid.name}.png")
+            panels = [lens_panel(lens.label, lens.by_seed) for lens in lenses[a].values()]
+            draw_panels(panels, folder / drawn[-1], own_legends=True)
+    return drawn
+
+
+def lenses_of(grid):
+    """{D_A: {Stages: Lens}} of all chains that were probed for their first stage's facts."""
+    found, n_layers = {}, None
+    for stages, cell in sorted(grid.cells.items()):
+        a, results = stages[0].data, {}
+        for seeds, run in sorted(cell.items()) if len(stages) > 1 else ():
+            if result := lens_of(run, a):
+                n_layers = n_layers or result["layers"]
+                if result["layers"] != n_layers:
+                    raise DataError(f"{run.folder}/probe.{a}.json: of {result['layers']} layers, others of its base "
+                                    f"model of {n_layers}; run probe.py again")  # fmt: skip
+                results[" / ".join(map(str, seeds if len(set(seeds)) > 1 else seeds[:1]))] = result
+        if results:
+            found.setdefault(a, {})[stages] = Lens(a, f"{label_of(stages)}, after {stages[-1].data}", results)
+    return found
+
+
+def strategies(grid, a, lenses):
+    """Of a D_A's {Stages: Lens} those that figure 4 compares; all where there are none of these."""
+    found = []
+    for row in map(grid.own, ["none", "random/k-pile", "k-pile/-"]):
+        found += [lens for stages, lens in lenses.items() if stages == chain(a, row, stages[-1].data)]
+    return found or list(lenses.values())
+
+
+def draw_figure4(lenses, path):
+    """A row of two panels a set, in each a line a Lens."""
+    panels = []
+    for data in dict.fromkeys(lens.data for lens in lenses):
+        mine = [lens for lens in lenses if lens.data == data]
+        panels += [lens_panel(LABELS.get(data, data), mine, first) for first in (False, True)]
+    draw_panels(panels, path, 2, own_legends=True)
+
+
+def lens_panel(title, lenses, first=False):
+    """How often right tokens are read at each layer, or for the first time: a color a Lens, means over its seeds.
+
+    Dashed is the base model, dotted how often those of other facts are. Figures 11 and 12 show how far seeds differ.
+    """
+    def over_layers(parts):
+        rows = [first_share(part) if first else part["frequency"] for part in parts]
+        return [(layer, Mean(mean_of(values).value, 0.0)) for layer, values in enumerate(zip(*rows))]
+
+    curves, bases, style, top_k = [], [], ".-" if first else "-", 0
+    for i, lens in enumerate(lenses):
+        results = list(lens.results.values())
+        seeds, top_k = f", {len(results)} seeds" if len(results) > 1 else "", results[0]["top_k"]
+        label = "" if first else f"{lens.label} ({show([result['accuracy'] for result in results])}%{seeds})"
+        curves.append(Curve(label, over_layers(results), style, f"C{i}"))
+        if not first:
+            curves.append(Curve("", over_layers([result["floor"]["shuffled"] for result in results]), ":", f"C{i}"))
+        bases += [result["floor"]["base_model"] for result in results if "base_model" in result["floor"]]
+    if bases:  # one model, the same in all
+        label = "" if first else f"base model ({bases[0]['accuracy']:.1f}%)"
+        curves.append(Curve(label, over_layers(bases[:1]), "--", "gray"))
+    if first:
+        return Panel(title, "layer", curves, "first occurrences at the layer\n/ occurrences at all layers", (0, None))
+    ylabel = f"right tokens in the top {top_k}\n/ all answer tokens"
+    return Panel(title, "layer (dotted: shuffled answers)", curves, ylabel, (-0.03, 1.03))
 
 
 # ---------------------------------------------------------------- drawing
@@ -2337,107 +3197,56 @@ def save(figure, path):
     pyplot.close(figure)
 
 
-def draw_panels(panels, path, per_row=3):
-    """One file of panels, each a function of axes."""
+def draw_panels(panels, path, per_row=3, own_legends=False):
+    """One file of Panels. A label has one color in all, and stands once below them, or below each panel that has it."""
     columns = min(len(panels), per_row)
-    rows = -(-len(panels) // columns)
-    figure, grid = picture(rows, columns, (4.6 * columns, 3.6 * rows))
+    rows, width = -(-len(panels) // columns), max(6.5, 4.6 * columns)
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.labels))
+    letters = 13 * width / (columns if own_legends else 1)  # 13 an inch
+    ncols = max(1, int(letters / (8 + max(map(len, labels), default=0))))
+    most = max(len(panel.labels) for panel in panels) if own_legends else len(labels)
+    lines = -(-most // ncols) * (rows if own_legends else 1)
+    figure, grid = picture(rows, columns, (width, 3.6 * rows + 0.2 * lines))
+    handles, colors = {}, {label: f"C{i}" for i, label in enumerate(labels)}
     for axes, panel in zip(grid.flat, panels):
-        panel(axes)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize="x-small")
+        draw_panel(axes, panel, colors)
+        found = axes.get_legend_handles_labels()
+        handles |= dict(zip(found[1], found[0]))
+        if own_legends and found[1]:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=ncols, fontsize="small")
     for axes in grid.flat[len(panels) :]:
         axes.remove()
+    if handles and not own_legends:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=ncols, fontsize="small")
     save(figure, path)
 
 
-def bars(grid, a, rows, columns):
-    """A panel of bars with error bars: a group for each D_B, in it one for each row.
-
-    Heights are accuracies on D_A in %.
-    """
-
-    def panel(axes):
-        for i, row in enumerate(rows):
-            found = [list(cell_of(grid, "table2", a, row, b).values()) if is_column(a, b) else [] for b in columns]
-            means = [statistics.mean(values) if values else 0 for values in found]
-            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found]
-            at = [k + (i - (len(rows) - 1) / 2) * 0.8 / len(rows) for k in range(len(columns))]
-            axes.bar(at, means, 0.8 / len(rows), yerr=spread, label=row_label(row).replace("*", ""))
-        names = ["\n".join(LABELS.get(part, part) for part in b.split("/")) for b in columns]
-        axes.set(xticks=range(len(columns)), xticklabels=names, ylim=(0, 103), title=LABELS.get(a, a))
-
-    return panel
-
-
-def lines_over(axes, series, title, xlabel):
-    """Curves {label: [(x, [accuracies over seeds])]}, means with standard deviations."""
-    for label, points in series.items():
-        points = [(x, values) for x, values in sorted(points) if values]
-        if points:
-            spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
-            xs, means = [x for x, _ in points], [statistics.mean(values) for _, values in points]
-            axes.errorbar(xs, means, spread, marker="o", capsize=2, label=label)
-    axes.set(xlabel=xlabel, ylim=(-3, 103), title=title)
-
-
-def draw_curves(axes, curves, title):
-    """{label: [[(% of steps, accuracy)] of each run]}, a color a label."""
-    for color, (label, runs) in enumerate(curves.items()):
-        for i, points in enumerate(runs):
-            if points:
-                axes.plot(*zip(*points), marker=".", linewidth=0.8, color=f"C{color}", label=label if i == 0 else None)
-    axes.set(xlabel="% of the last stage's steps", ylabel="exact match on the first stage's facts, %", ylim=(-3, 103),
-             title=title)  # fmt: skip
-
-
-def draw_retention(cells, starts, path):
-    """What was left of the first stage's facts while the last stage trained.
-
-    The checks ask the first --eval-facts of them.
-    """
-    curves = {}
-    for stages, cell in sorted(cells.items()):
-        runs = [run for _, run in sorted(cell.items())]
-        data = "" if len({stages_[0].data for stages_ in cells}) == 1 else f"{stages[0].data}: "
-        label = f"{data}{label_of(stages)}, then {stages[-1].data} ({mean_steps(runs)} steps)"
-        curves[label] = [retention(run, starts) for run in runs]
-    figure, ((axes,),) = picture(size=(7, 4.2 + 0.1 * len(curves)))
-    draw_curves(axes, curves, None)
-    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
-    save(figure, path)
-    return path.name
-
-
-def draw_figure4(results, path):
-    """Layers against frequency and against the share of first occurrences.
-
-    A row of two panels a set, a line a checkpoint.
-    """
-    sets = list(dict.fromkeys(name for name, _, _ in results))
-    figure, axes = picture(len(sets), 2, (10, 0.6 + 3.6 * len(sets)))
-    for (left, right), name in zip(axes, sets):
-        mine = [(label, result) for other, label, result in results if other == name]
-        for color, (label, result) in enumerate(mine):
-            left.plot(result["frequency"], color=f"C{color}", label=f"{label} ({result['accuracy']:.1f}%)")
-            left.plot(result["floor"]["shuffled"]["frequency"], color=f"C{color}", linestyle=":", linewidth=1)
-            right.plot(result["first_share"], color=f"C{color}", marker=".")
-        base = mine[0][1]["floor"].get("base_model")
-        if base:
-            left.plot(base["frequency"], color="gray", linestyle="--", label=f"base model ({base['accuracy']:.1f}%)")
-            right.plot(base["first_share"], color="gray", linestyle="--")
-        left.set(title=f"{name}: right token in the top {mine[0][1]['top_k']} (dotted: shuffled)", xlabel="layer",
-                 ylabel="frequency", ylim=(-0.03, 1.03))  # fmt: skip
-        right.set(title=f"{name}: there for the first time", xlabel="layer", ylabel="share of those ever there",
-                  ylim=(0, None))  # fmt: skip
-        left.legend(fontsize="small")
-    save(figure, path)
+def draw_panel(axes, panel, colors):
+    """A Panel's lines or bars with standard deviations; colors: {label: color}."""
+    width = 0.8 / max(1, len(panel.drawn))  # of a bar
+    for i, curve in enumerate(panel.drawn):
+        xs, means = zip(*curve.points)
+        heights, spread = [mean.value for mean in means], [mean.deviation for mean in means]
+        look = {"label": curve.label, "color": curve.color or colors.get(curve.label)}
+        look["yerr"] = spread if any(spread) else None
+        if panel.ticks:
+            axes.bar([x + (i - (len(panel.drawn) - 1) / 2) * width for x in xs], heights, width, **look)
+        else:
+            axes.errorbar(xs, heights, fmt=curve.style, capsize=2, linewidth=1, markersize=4, **look)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, ylim=panel.ylim)
+    axes.set_title(panel.title, fontsize="medium")
+    if panel.ticks:
+        axes.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize="small")
+        axes.set_xlim(-0.6, len(panel.ticks) - 0.4)
+    if panel.log_x:
+        axes.set_xscale("log")
+        axes.tick_params(axis="x", which="both", labelsize="x-small", rotation=30)
 
 
 # ---------------------------------------------------------------- command line
 
 
-def main():
+def parse_args():
     parser = Parser(description="Exact match of a checkpoint on the facts of its stages.")
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="folder of a model or of a finished stage")
     parser.add_argument("--data", nargs="+", metavar="NAME",
@@ -2468,7 +3277,11 @@ def main():
     parser.add_argument("--overlap", metavar="RUNS",
                         help="count which of their facts stand in a text that the finished runs below this folder were "
                              "trained on (appendix B.6), for their tables")  # fmt: skip
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     check_folder(args.data_dir, may_be_made=True)
     for folder in filter(None, (args.overlap, args.tables)):
         check_folder(folder)
@@ -2479,15 +3292,7 @@ def main():
         if args.tables:
             print(tables(args.tables))
         return None
-    if not args.checkpoint:
-        raise DataError("name a checkpoint folder, or give --tables RUNS")
-    if args.num_examples is not None and args.num_examples < 1 or args.shots < 0:
-        raise DataError("--num-examples must be at least 1, --shots at least 0")
-    if args.lost and (args.data or args.split or args.num_examples or args.out):
-        raise DataError("--lost is about all facts of a checkpoint's stages; leave out --data, --split, --out and "
-                        "--num-examples")  # fmt: skip
-    if args.fewer and not args.num_examples:
-        raise DataError("--fewer goes with --num-examples: how many there should be")
+    check_options(args)
     lineage = read_lineage(args.checkpoint)
     if args.text and args.text.endswith(".jsonl"):
         load_examples(args.text, 1)  # the user's own file is there, or nothing is asked
@@ -2528,6 +3333,19 @@ def main():
             say_forgotten(of_set, args.lost)
         if args.lost and not found:
             print(f"{args.checkpoint}: no stage before its last learned facts, so none are forgotten")
+
+
+def check_options(args):
+    """A DataError where options do not go together."""
+    if not args.checkpoint:
+        raise DataError("name a checkpoint folder, or give --tables RUNS")
+    if args.num_examples is not None and args.num_examples < 1 or args.shots < 0:
+        raise DataError("--num-examples must be at least 1, --shots at least 0")
+    if args.lost and (args.data or args.split or args.num_examples or args.out):
+        raise DataError("--lost is about all facts of a checkpoint's stages; leave out --data, --split, --out and "
+                        "--num-examples")  # fmt: skip
+    if args.fewer and not args.num_examples:
+        raise DataError("--fewer goes with --num-examples: how many there should be")
 
 
 def check_out(args, lineage):

@@ -35,10 +35,10 @@ from data import (
     resolve,
 )
 from evaluate import (
-    LENS_FIELDS, MOST, Stage, base_of, check_agreement, check_folder, check_place, check_writable, common_prefix_len,
-    draw_figure4, exact_matches, folders_with, is_correct, is_wrong, kept_rows, label_of, load_set, mix_name,
-    named_sets, picture, questions, read_lineage, read_run, record, resolve_precision, save, set_label, set_names,
-    settings_of, shown_weight, spelled, stage_set, stage_sets, wrong_fields,
+    LENS_FIELDS, MOST, Lens, Stage, base_of, check_agreement, check_folder, check_place, check_writable,
+    common_prefix_len, draw_figure4, exact_matches, first_share, folders_with, is_correct, is_wrong, kept_rows,
+    label_of, load_set, mix_name, named_sets, picture, questions, read_lineage, read_run, record, resolve_precision,
+    save, set_label, set_names, settings_of, shown_weight, spelled, stage_set, stage_sets, wrong_fields,
 )
 from model import (
     PRECISIONS, CheckpointError, Config, check_saved, compute_dtype, content_id, end_process_group, fail, fits_beside,
@@ -154,7 +154,7 @@ def sharded(path, precision, device):
 
 def probe(args, stages, device, rank):
     """The lens on every checkpoint: CKPT/probe.NAME.json and .png, a table, and figure 4 where --out asks for it."""
-    results, base_models = [], {}
+    lenses, base_models = [], {}
     for path, lineage in stages.items():
         precision = resolve_precision(args.precision, path, lineage, device.type)
         for asked in probed_sets(args, path, lineage):
@@ -171,14 +171,14 @@ def probe(args, stages, device, rank):
             label = model_name(path)
             if lineage:
                 label = f"{label_of([Stage.of(entry) for entry in lineage])}, after {set_label(lineage[-1]['data'])}"
-            results.append((name, label, result))
+            lenses.append(Lens(name, label, {path: result}))
             result["data_sha256"] = asked.data_sha256
             if rank == 0:
                 print_lens(path, name, result)
                 draw_ranks(ranks, result, f"{path}: {name}", Path(path) / f"probe.{name}.png")
                 write_json(Path(path) / f"probe.{name}.json", result)  # last: where it is, all is
     if args.out and rank == 0:
-        draw_figure4(results, args.out)
+        draw_figure4(lenses, args.out)
         print(f"-> {args.out}")
 
 
@@ -223,14 +223,13 @@ def summary(ranks, log_probs):
     """ranks, log_probs (L + 1, n) -> {name: a figure for each layer}.
 
     How many right tokens are in the top 10 ("hits"; "frequency" of all n) and how many are there for the first time
-    ("first_hits"; "first_share" of all that ever are), median rank and mean log-probability. Section 5 defines figure 4
-    by first occurrences, its caption by occurrences: first_share is the former, frequency the latter.
+    ("first_hits"; "first_share" of all hits of all layers), median rank and mean log-probability. Section 5 defines
+    figure 4 by first occurrences, its caption by occurrences: first_share is the former, frequency the latter.
     """
     hit = ranks <= TOP_K
     first = hit & (hit.cumsum(0) == 1)
-    hits, first_hits = hit.sum(1), first.sum(1)
-    return {"hits": hits.tolist(), "first_hits": first_hits.tolist(), "frequency": (hits / ranks.shape[1]).tolist(),
-            "first_share": (first_hits / max(1, int(first_hits.sum()))).tolist(),
+    counts = {"hits": hit.sum(1).tolist(), "first_hits": first.sum(1).tolist()}
+    return {**counts, "frequency": (hit.sum(1) / ranks.shape[1]).tolist(), "first_share": first_share(counts),
             "median_rank": ranks.double().quantile(0.5, dim=1).tolist(),
             "log_prob": log_probs.double().mean(1).tolist()}  # fmt: skip
 
@@ -337,9 +336,14 @@ def shuffled_answers(answers, seed=0):
 
 def print_lens(path, name, result):
     base = result["floor"].get("base_model", {})
-    shown = "first answer tokens" if result["first_token"] else "answer tokens"
+    shown, read = "answer tokens", "each token of an answer but its eos"
+    if result["first_token"]:
+        shown, read = "first answer tokens", "the first token of an answer"
     print(f"{path}: {name}, {result['accuracy']:.1f}% of {result['facts']} facts; {result['total']} {shown}, "
           f"top {TOP_K}, in {result['precision']}")  # fmt: skip
+    print(f"frequency: right tokens in the top {TOP_K} / all {shown}; "
+          "first here: first occurrences at this layer / occurrences at all layers")  # fmt: skip
+    print(f"teacher-forced: {read} is read where it is predicted, behind the right ones before it")
     print(f"{'layer':>5} {'frequency':>10} {'shuffled':>9} {'base':>7} {'first here':>11} {'median rank':>12} "
           f"{'log prob':>9}")  # fmt: skip
     shuffled = result["floor"]["shuffled"]

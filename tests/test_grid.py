@@ -127,8 +127,13 @@ def test_whole_and_shared(shared):
             table = re.search(rf"\*\*Table {name[-1]}\.[^*]*\*\* \({model}: .*?(?=\n\*\*|\n!)", text, re.DOTALL)[0]
             assert "; 10 facts of D_A, 10 examples of D_B" in table and len(re.findall(r"\d\.\d", table)) >= 8, table
         claims = text.partition(f"**Claims** ({model})")[2].partition("\n\n**")[0]
-        verdicts = [line.split(" | ")[1] for line in claims.partition("| claim |")[2].partition("\n\n")[0].split("\n")[2:]]
-        assert len(verdicts) > 20 and set(verdicts) <= {"PASS", "FAIL", "NOT RUN", ""} and len(set(verdicts)) > 1
+        judged = {line.split(" | ")[0].strip("| "): line.split(" | ")[3] for line in claims.partition("| claim |")[2].partition("\n\n")[0].split("\n")[2:]}
+        ours = {f"{n}": claim.says for n, claim in enumerate(evaluate.CLAIMS, 1) if claim.table != "table3"}  # that is Mistral's
+        assert judged.keys() == ours.keys()
+        assert {word.partition(" (")[0].removesuffix(" †") for word in judged.values()} == {"UNDECIDED", "NOT RUN"}, "of one seed"
+        # The lengths are too short to saturate; the model of tables 3 and 6 has no other mixes, lengths, ratios or three stages.
+        not_run = [ours[n] for n, word in judged.items() if word == "NOT RUN"]
+        assert len(not_run) == 1 and "saturates" in not_run[0] or model == "tiny-mistral", not_run
         for name in FIGURES[model]:
             assert f"({name}-{model}.png)" in text and (shared / RUNS / f"{name}-{model}.png").stat().st_size > 1000
     chains = {str(Path(run).relative_to(RUNS)) for run in plan if run.count("/") > 3}
@@ -164,7 +169,7 @@ def test_overlap(shared):
             cells.append(f"**{10 * len(given):.2f}**" if given else "0.00")
         assert cells[0] != "0.00"
         tables = text.partition(f"**Overlap** ({model}")[2].partition("![")[0]
-        rows = [line.split(" | ") for line in tables.split("\n") if line.startswith(("| | ", "| triviaqa.unfamiliar (10)"))]
+        rows = [line.split(" | ") for line in tables.split("\n") if line.startswith(("|  | ", "| triviaqa.unfamiliar (10)"))]
         found = {title: cell for titles, row in zip(rows[::2], rows[1::2]) for title, cell in zip(titles, row)}
         assert (found["k-pile of 4 words (20)"], found["gsm8k (10)"].removesuffix(" |")) == tuple(cells), tables
 

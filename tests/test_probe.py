@@ -89,7 +89,7 @@ def test_lens_by_hand():
     torch.testing.assert_close(log_probs, -2.0 * (by_hand - 1).double() - math.log(total), rtol=1e-4, atol=1e-4)
     result = probe.summary(ranks, log_probs)
     assert (result["hits"], result["first_hits"], result["median_rank"]) == ([1, 4, 1], [1, 3, 1], [20, 6, 15])
-    assert result["first_share"] == pytest.approx([0.2, 0.6, 0.2]) and result["frequency"] == pytest.approx([0.2, 0.8, 0.2])
+    assert result["first_share"] == pytest.approx([1 / 6, 3 / 6, 1 / 6]) and result["frequency"] == pytest.approx([0.2, 0.8, 0.2])
     first, _, _, owner, _ = probe.read_layers(worked_out(), Numbers(), facts, first_token=True)
     assert torch.equal(first, by_hand[:, [0, 2, 4]]) and owner.tolist() == [0, 1, 2]
 
@@ -144,11 +144,13 @@ def test_exact_matches(work, one_rank):
 
 def test_command(work):
     """probe.py as it is run: the contract's fields, accuracy as evaluate.py has it, pictures, and the same from two ranks."""
-    run(work, "probe.py", "one", "one/two", "--precision", "fp32", "--out", "figure4.png")
+    printed = run(work, "probe.py", "one", "one/two", "--precision", "fp32", "--out", "figure4.png").stdout
+    assert "first occurrences at this layer / occurrences at all layers" in printed and "teacher-forced: each token" in printed
     alone = read(work / "one/two/probe.kvr.json")
     assert (alone["layers"], alone["top_k"], alone["total"], len(alone["hits"])) == (3, 10, 64, 4)
     assert alone["accuracy"] == read(work / "one/two/eval.json")["kvr"]["accuracy"]
     assert alone["frequency"] == pytest.approx([hits / 64 for hits in alone["hits"]]) and sum(alone["first_hits"]) <= 64
+    assert alone["first_share"] == [first / sum(alone["hits"]) for first in alone["first_hits"]]
     assert alone["floor"].keys() == {"shuffled", "base_model"}
     for picture in ("figure4.png", "one/probe.kvr.png", "one/two/probe.kvr.png"):
         assert (work / picture).read_bytes().startswith(b"\x89PNG")

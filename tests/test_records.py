@@ -94,7 +94,7 @@ def test_two_stages_of_one_name(runs):
     text = run(runs.parent, "evaluate.py", "--tables", "runs").stdout
     losses = " / ".join(f"{entry['losses']['own']:.4f}" for entry in lineage)
     assert f"tiny, facts (6), then {second} (6): exact match in %" in text
-    assert f"| No Mixing | 240 + 120 | {losses} | 100.0 | {scores['facts']['accuracy']:.1f} | {scores[second]['accuracy']:.1f} | 1 |" in text
+    assert f"| No Mixing | 240 + 120 | {losses} | 100.0 | {scores['facts']['accuracy']:.1f} | {scores[second]['accuracy']:.1f} | epochs / epochs | 1 |" in text
 
 
 def test_what_was_forgotten(runs):
