@@ -378,12 +378,13 @@ def is_part(name):
 
 
 def familiarity(name, base_model, data="data"):
-    """Which facts of a set are learned: "unfamiliar" of one that is split, "" where the name says so or nothing is split."""
+    """Which facts of a set are learned: "unfamiliar" of one that is split; "" where the name says so, or it is not."""
     if not is_split(name) or is_part(name):
         return ""
     base = resolve(name)[0]
     if not split_file(base, "unfamiliar", base_model, data).exists():
-        raise DataError(f"{name}: not split into what {base_model.name} knows and what not: run python evaluate.py {base_model.path} "
+        raise DataError(f"{name}: not split into what {base_model.name} knows and what not: run python evaluate.py "
+                        f"{base_model.path} "
                         f"--split {base}, or take all facts with --unfiltered")  # fmt: skip
     return "unfamiliar"
 
@@ -394,7 +395,7 @@ def slice_size(path):
 
 
 def split_file(stem, kind, base_model, data="data"):
-    """Where a base model's "familiar" or "unfamiliar" facts of a set lie: found by what the model is, whatever it was called."""
+    """Where a base model's "familiar" or "unfamiliar" facts of a set lie: by what the model is, not its name."""
     digits = base_model.sha256[:8]
     found = sorted(Path(data).glob(f"{glob.escape(stem)}.{kind}.*-{digits}.jsonl"))
     return found[0] if found else Path(data) / f"{stem}.{kind}.{base_model.name}-{digits}.jsonl"
@@ -420,11 +421,13 @@ def check_split(path, stem, base_model):
     if not path.exists():
         raise DataError(f"{path}: no such file; {remedy}, which makes it where {base_model.name} has such facts")
     if read_manifest(path, f"remove it and {remedy}").get("base_model_sha256") != base_model.sha256:
-        raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove both and {remedy}")
+        raise DataError(f"{path}: its manifest does not say that {base_model.name} as it is here was asked; remove "
+                        f"both and {remedy}")  # fmt: skip
     whole = flat_file(stem, path.parent)
     if whole.exists() and slice_size(whole) != slice_size(path):
         raise DataError(f"{path}: was sorted when slices of {stem} had {slice_size(path)} facts, not "
-                        f"{slice_size(whole)}; remove {split_files(stem, base_model, path.parent)} and {remedy}")  # fmt: skip
+                        f"{slice_size(whole)}; remove {split_files(stem, base_model, path.parent)} and "
+                        f"{remedy}")  # fmt: skip
 
 
 def load_set(name, n=None, data="data", words=DEFAULT_WORDS, base_model=None, fewer=False):
@@ -439,7 +442,7 @@ def load_set(name, n=None, data="data", words=DEFAULT_WORDS, base_model=None, fe
 
 
 def facts_at_hand(name, n, data="data", words=DEFAULT_WORDS, base_model=None):
-    """As at_hand; of a part such as popqa.familiar how many facts it holds, before the model was asked how many at most."""
+    """As at_hand; of a part such as popqa.familiar how many facts it holds, or may hold before the model was asked."""
     if not base_model or not is_part(name) or not was_sorted(name, base_model, data):
         return at_hand(name, n, data, words)
     base, second, kind = resolve(name)
@@ -465,7 +468,8 @@ def load_pool(name, data="data", raw="raw"):
     if flat_file(f"{base}-id", data).exists():
         second, second_sha256 = load_examples(f"{base}-id", None, data)
         size = slice_size(flat_file(base, data))
-        facts, sha256 = facts[:size] + second + facts[size:], hashlib.sha256((sha256 + second_sha256).encode()).hexdigest()
+        facts = facts[:size] + second + facts[size:]
+        sha256 = hashlib.sha256((sha256 + second_sha256).encode()).hexdigest()
     return facts, sha256
 
 
@@ -807,8 +811,11 @@ def stage_facts(entry, data="data"):
         return []
     examples, sha256 = load_set(name, entry["num_examples"], data, base_model=BaseModel.of(entry))
     if sha256 != entry["data_sha256"]:
-        where, remedy = (name, "restore them") if name.endswith(".jsonl") else (f"{name} in {data}/", "give the folder that holds them with --data-dir")
-        raise DataError(f"{where}: its first {entry['num_examples']} lines are not those that stage {entry['stage']} was trained on; {remedy}")
+        where, remedy = f"{name} in {data}/", "give the folder that holds them with --data-dir"
+        if name.endswith(".jsonl"):
+            where, remedy = name, "restore them"
+        raise DataError(f"{where}: its first {entry['num_examples']} lines are not those that stage {entry['stage']} "
+                        f"was trained on; {remedy}")  # fmt: skip
     return [example for example in examples if "messages" not in example]
 
 
@@ -849,7 +856,7 @@ class Run:
     lineage: list  # its stages, entries of run.json
     scores: dict  # eval.json: {name: row}
     texts: dict  # {name: text.NAME.json}
-    after: list = dataclasses.field(default_factory=list, repr=False)  # of each stage the Run that ended with it, or None
+    after: list = dataclasses.field(default_factory=list, repr=False)  # of each stage the Run that ended with it
 
     @functools.cached_property
     def stages(self):
@@ -1448,9 +1455,16 @@ def varied_rows(grid, a, setting, stage, mix, alike=False):
             part = f"{mix}.{setting}={value!r}" if mixed.tag else mix
             found.setdefault(value, f"{part}/-" if stage == 1 else f"-/{part}")
             facts[value] = next(iter(cell.values())).lineage[0]["data_sha256"]
-    usual = Counter(next(iter(cell.values())).lineage[0]["data_sha256"] for stages, cell in grid.cells.items()
-                    if len(stages) == 2 and stages[0].data == a).most_common(1)  # fmt: skip
-    return {value: row for value, row in sorted(found.items()) if not alike or facts[value] == usual[0][0]}
+    return {value: row for value, row in sorted(found.items()) if not alike or facts[value] == usual_facts(grid, a)}
+
+
+def usual_facts(grid, a):
+    """The data_sha256 of the facts of a D_A that most cells of two stages learned."""
+    counts = Counter()
+    for stages, cell in grid.cells.items():
+        if len(stages) == 2 and stages[0].data == a:
+            counts[next(iter(cell.values())).lineage[0]["data_sha256"]] += 1
+    return counts.most_common(1)[0][0]
 
 
 def is_column(a, b):
@@ -1528,8 +1542,9 @@ def layout_of(grid):
             followed.setdefault(data[0], set()).add("id" if data[1] == f"{data[0]}-id" else data[1])
             if any(stage.tag in {*MIX_SETTINGS, "epochs", "control"} for stage in stages):
                 ablated.add(data[0])  # for figures 6 and 7, the dose, the ladder
-        elif len(stages) == 3 and not any(stage.tag for stage in stages) and is_column(*data[:2]) and is_column(data[0], data[2]):
-            two.setdefault(data[0], set()).add("/".join(data[1:]))
+        elif len(stages) == 3 and not any(stage.tag for stage in stages):
+            if is_column(data[0], data[1]) and is_column(data[0], data[2]):
+                two.setdefault(data[0], set()).add("/".join(data[1:]))
         elif stages[0].tag == "familiar":
             later.add(data[0])
             asked = {row["data"] for run in cell.values() for row in run.scores.values()}
@@ -1709,7 +1724,8 @@ class Learned:
         for counts in self.ended:
             counted = [f"{why} {count}" for why, count in sorted(counts.items())]
             ended.append(", ".join(counted if len(counts) > 1 else counts))
-        return [show(self.first), show(self.last), " + ".join(map(str, self.steps)), " / ".join(losses), " / ".join(ended)]
+        steps = " + ".join(map(str, self.steps))
+        return [show(self.first), show(self.last), steps, " / ".join(losses), " / ".join(ended)]
 
 
 def learned(runs):
@@ -1817,7 +1833,7 @@ UNTRAINED = f"The base model itself, asked alike{OURS}"
 
 
 def untrained_texts(grid, a, rows, groups, usual):
-    """The texts of the row of tables 5 and 6 that says what the base model itself knows; none where it was not asked."""
+    """The texts of the row of tables 5 and 6 on what the base model itself knows; none where it was not asked."""
     score = untrained_score(grid, a, rows)
     if not score:
         return []
@@ -1934,12 +1950,7 @@ def tables(folder):
     if not any(lines):
         raise DataError(f"{folder}: no evaluated run of two stages or more below it; train and evaluate some")
     if laid_out:
-        wrong = "; ".join(misprint.text() for misprint in misprinted())
-        lines += ["", "Small: the paper's own figure; its averages are means of its printed cells. "
-                  f"Printed averages that are not: {wrong}.",
-                  "", "Behind the columns what a row's runs learned, means over D_B; D_B at the end: of factoid ones. A cell names "
-                  f"stages that ended with less than {LEARNED:.0f}% of their own facts, or, asked none, at a loss of their own "
-                  f"answers above {LEARNED_LOSS} nats a token, with the worst run's figure: what learned less takes less."]  # fmt: skip
+        lines += ["", *legend()]
     text = "\n".join([*lines[1:], "", done_with(runs), *[f"\n{line}" for line in compared]]) + "\n"
     # Before anything is written: they read on.
     facts, kept = list(map(json_line, ledger(runs, folder))), list(places(runs, folder))
@@ -1947,6 +1958,19 @@ def tables(folder):
     write_lines(folder / "cells.jsonl", kept)
     write_file(folder / "facts.jsonl", "".join(facts))
     return text
+
+
+def legend():
+    """What tables are to be read with, as lines of Markdown."""
+    wrong = "; ".join(misprint.text() for misprint in misprinted())
+    return [
+        "Small: the paper's own figure; its averages are means of its printed cells. Printed averages that are not: "
+        f"{wrong}.",
+        "",
+        "Behind the columns what a row's runs learned, means over D_B; D_B at the end: of factoid ones. A cell names "
+        f"stages that ended with less than {LEARNED:.0f}% of their own facts, or, asked none, at a loss of their own "
+        f"answers above {LEARNED_LOSS} nats a token, with the worst run's figure: what learned less takes less.",
+    ]
 
 
 def grid_lines(grid, layout, folder):
@@ -2145,8 +2169,8 @@ def overlap_tables(grid, folder):
     for passages, rows in sorted(shares.items(), reverse=True):
         what = "a passage of D_M" if passages else "an example of what came after it"
         columns = sorted(set(itertools.chain(*rows.values())), key=by_name)
-        above = (f"**Overlap** ({grid.name}: % of the facts that were trained on or asked whose subject and answer stand in "
-                 f"{what}, appendix B.6; bold above the paper's {100 * OVERLAP_LIMIT:.1f})")  # fmt: skip
+        above = (f"**Overlap** ({grid.name}: % of the facts that were trained on or asked whose subject and answer "
+                 f"stand in {what}, appendix B.6; bold above the paper's {100 * OVERLAP_LIMIT:.1f})")  # fmt: skip
         shown = []
         for facts, row in rows.items():
             shown.append([facts.label, *[row.get(texts, "") for texts in columns]])
@@ -2303,7 +2327,7 @@ def longer_than(words, mix, stage):
 
 
 def ratio_slopes(layout, a):
-    """Of each mix what it keeps more with the greatest ratio that both stages had than with the least, at stage 1 and 2."""
+    """Of each mix what its greatest ratio that both stages had keeps more than the least, at stage 1 and at stage 2."""
     found = []
     for mix in ("random", "k-pile"):
         first, second = (layout.varied(a, "mix_ratio", stage, mix) for stage in (1, 2))
@@ -2334,13 +2358,14 @@ CLAIMS = [
           [("replay0.05", "replay0.01"), (REPLAY, "replay0.05")], GROUPS),
     Claim("3.2, B.2", "replay of 0.1 is less successful with factoid than with non-factoid D_B", "table4",
           [(REPLAY, Side(REPLAY, after="factoid"))], ("other",)),
-    Claim("3.2", f"replay of 0.1 does not fully prevent forgetting with factoid D_B: {FAR:.0f} points are lost", "table4",
-          [(Side(REPLAY, measure=BEFORE), REPLAY)], ("factoid",), least=FAR),
+    Claim("3.2", f"replay of 0.1 does not fully prevent forgetting with factoid D_B: {FAR:.0f} points are lost",
+          "table4", [(Side(REPLAY, measure=BEFORE), REPLAY)], ("factoid",), least=FAR),
     Claim("4.1", "replay of 0.1 keeps more of KVR with non-factoid D_B (83.9% instead of 40.1)", "table4",
           [(REPLAY, NONE)], ("other",), KVR),
     Claim("4.2", "random words at stage 1 prevent forgetting with factoid D_B, on average for every D_A", "table2",
           [("random/-", NONE)], ("factoid",)),
-    Claim("4.2", "they do so across the board: after every factoid D_B", "table2", [("random/-", NONE)], ("each factoid",)),
+    Claim("4.2", "they do so across the board: after every factoid D_B", "table2",
+          [("random/-", NONE)], ("each factoid",)),
     Claim("4.2", "K-Pile at stage 1 hurts with factoid D_B", "table2", [(NONE, "k-pile/-")], ("factoid",)),
     Claim("4.2", f"K-Pile at stage 2 is drastically better with factoid D_B: by {FAR:.0f} points", "table2",
           [("-/k-pile", NONE)], ("factoid",), least=FAR),
@@ -2374,7 +2399,7 @@ CLAIMS = [
           [(NONE, Side(NONE, of="kvr"))], GROUPS, OTHERS),
     Claim("4.2", "Mistral: REMIX gains less on PopQA and TriviaQA than on KVR", "table3",
           [(Side(BOTH, less=NONE, of="kvr"), Side(BOTH, less=NONE))], GROUPS, OTHERS),
-    Claim("5, fig. 4", "with REMIX facts are first read in earlier layers than without (mean, % of the depth)", "table2",
+    Claim("5, fig. 4", "with REMIX facts are first read in earlier layers than without (mean, % of depth)", "table2",
           [(Side(NONE, measure=FIRST_LAYER), Side(BOTH, measure=FIRST_LAYER))], ("no id or other",), PROBED),
     Claim("5, fig. 4", f"K-Pile at stage 1 does not change where: within {NARROW:.0f}% of the depth", "table2",
           [(Side("k-pile/-", measure=FIRST_LAYER), Side(NONE, measure=FIRST_LAYER))], ("no id or other",), PROBED,
@@ -2386,7 +2411,7 @@ CLAIMS = [
           ("each factoid",), KVR, margin=EQUAL),
     Claim("5, fig. 6", "longer random words at stage 1 hurt: the shortest over the longest", "table2",
           extremes("mix_words", 1, "random"), ("no id",), KVR),
-    Claim("5, fig. 6", f"K-Pile at stage 2 saturates after 50 words: longer ones are within {EQUAL:.0f} points", "table2",
+    Claim("5, fig. 6", f"K-Pile at stage 2 saturates after 50 words: longer is within {EQUAL:.0f} points", "table2",
           longer_than(50, "k-pile", 2), ("no id",), KVR, margin=EQUAL),
     Claim("5, fig. 7", "at stage 2 a greater ratio costs: the least over the greatest", "table2",
           extremes("mix_ratio", 2, "random", "k-pile"), ("all",), KVR),
@@ -2588,7 +2613,7 @@ def compare(grid, comparison):
 
 
 def unlike(runs):
-    """[settings] in which runs differ that learned the same sets at the same stage: more than the mix sets them apart."""
+    """[settings] in which runs differ that learned a set at the same stage: more than the mix sets them apart."""
     found, first = {}, {}  # found: {setting: None}
     for run in runs:
         for entry in run.lineage:
@@ -2645,8 +2670,10 @@ def shared_seeds(comparison, there):
 
 
 def side_of(terms, there, seeds):
-    """{seed of stage 1: the sum of a side's terms}, the mean over the later stages' seeds: runs that share a first stage
-    share what it did, and count as one. there: {Place: {seeds: value}}."""
+    """{seed of stage 1: the sum of a side's terms}; there: {Place: {seeds: value}}.
+
+    Runs that share a first stage share what it did and count as one: the mean over the later stages' seeds.
+    """
     found = {}
     for of_stages in seeds:
         value = 0.0
@@ -2665,14 +2692,15 @@ def check_claim(grid, places):
             if score := run.score(asked):
                 other = first.setdefault(asked, run)
                 if other.score(asked)[1]["data_sha256"] != score[1]["data_sha256"]:
-                    raise DataError(f"{both(other, run)}: runs of one claim, but other facts of {asked} by the data_sha256 "
-                                    "in their eval.json; name a folder that holds but one of them")  # fmt: skip
+                    raise DataError(f"{both(other, run)}: runs of one claim, but other facts of {asked} by the "
+                                    "data_sha256 in their eval.json; name a folder that holds but one of "
+                                    "them")  # fmt: skip
             lens = lens_of(run, place.a) if place.measure in (FIRST_LAYER, LAYERS) else None
             other = probed.setdefault(asked, lens) if lens else None
             for key in ("data_sha256", "first_token", "top_k", "layers") if lens else ():
                 if key in lens and key in other and lens[key] != other[key]:
-                    raise DataError(f"{run.folder}/probe.{place.a}.json: other {key} than in other runs of one claim; run "
-                                    "probe.py on them alike")  # fmt: skip
+                    raise DataError(f"{run.folder}/probe.{place.a}.json: other {key} than in other runs of one claim; "
+                                    "run probe.py on them alike")  # fmt: skip
 
 
 def paper_layout():
@@ -2718,9 +2746,11 @@ def said_by_cells(claim):
                 where = pooled if len(columns) > 1 else said_columns(columns)
                 text = f"{LABELS[comparison.a]}, {where}: {comparison.says} {sides[0] - sides[1]:+.1f}"
                 against.append((sides[0] - sides[1], text))
+    if not n:
+        return "not printed"
     worst = [text for _, text in sorted(against)[:3]]
     text = f"{n - len(against)} of {n} fit" + (f"; not {'; '.join(worst)}" if worst else "")
-    return text + (f"; nor {len(against) - len(worst)} more" if len(against) > len(worst) else "") if n else "not printed"
+    return text + (f"; nor {len(against) - len(worst)} more" if len(against) > len(worst) else "")
 
 
 def claim_lines(grid, judged):
@@ -2729,16 +2759,18 @@ def claim_lines(grid, judged):
     for one in judged:
         counts = Counter(one.words)
         words = ", ".join(f"{counts[word]} {word}" for word in (HOLDS, REVERSED, UNDECIDED, NOT_RUN) if counts[word])
-        rows.append([str(one.number), one.claim.section, one.claim.says, one.text(), words or "none", said_by_cells(one.claim)])
+        rows.append([str(one.number), one.claim.section, one.claim.says, one.text(), words or "none",
+                     said_by_cells(one.claim)])  # fmt: skip
         with_interval = [found for found in one.found if found.verdict.interval]
         n, n_judged = n + len(with_interval), n_judged + bool(with_interval)
     above = (
-        f"**Claims** ({grid.name}). Claims judged at once: {n_judged} of {len(judged)}; comparisons for them: {n}, each by "
-        "Student's t over the paired differences of seeds: about other seeds, not other facts. HOLDS: the 95% interval of "
-        "every comparison (where a claim says so, of more than half) lies above what is claimed; REVERSED: that of one (more "
-        f"than half) lies below; else UNDECIDED, as with fewer than {FEWEST} seeds. Of no difference: the 90% interval lies "
-        "within the margin; the 95% interval lies wholly outside. Where nothing differs, chance alone makes one comparison in "
-        f"40 hold and one in 40 be reversed: of {n} about {n / 40:.1f} each. †: a stage did not learn its own set.")  # fmt: skip
+        f"**Claims** ({grid.name}). Claims judged at once: {n_judged} of {len(judged)}; comparisons for them: {n}, "
+        "each by Student's t over the paired differences of seeds: about other seeds, not other facts. HOLDS: the 95% "
+        "interval of every comparison (where a claim says so, of more than half) lies above what is claimed; REVERSED: "
+        f"that of one (more than half) lies below; else UNDECIDED, as with fewer than {FEWEST} seeds. Of no "
+        "difference: the 90% interval lies within the margin; the 95% interval lies wholly outside. Where nothing "
+        "differs, chance alone makes one comparison in 40 hold and one in 40 be reversed: "
+        f"of {n} about {n / 40:.1f} each. †: a stage did not learn its own set.")  # fmt: skip
     titles = ["", "section", "claim", "verdict", "its comparisons", "by the paper's own cells"]
     return markdown(above, titles, rows, numbers=[0]) + comparison_lines(grid, judged)
 
@@ -2749,7 +2781,8 @@ def comparison_lines(grid, judged):
     for one in judged:
         digits = one.claim.digits
         for found in one.found:
-            comparison, difference, sides = found.comparison, mean_of(found.differences), printed_sides(found.comparison)
+            comparison, difference = found.comparison, mean_of(found.differences)
+            sides = printed_sides(comparison)
             columns = said_columns(comparison.columns) + (f" ({found.part})" if found.part else "")
             means = [mean_of(side.values()) for side in (found.more, found.less)]
             rows.append([str(one.number), LABELS.get(comparison.a, comparison.a), comparison.says, columns,
@@ -2793,7 +2826,8 @@ def rung_lines(grid, found):
     if not found:
         return []
     above = (f"**The mix or its steps?** ({grid.name}; not in the paper). Points that a row keeps more than another, "
-             f"by Student's t over the seeds' paired differences: {2 * len(found)} verdicts at once, each as on claims.")  # fmt: skip
+             f"by Student's t over the seeds' paired differences: {2 * len(found)} verdicts at once, each as on "
+             "claims.")  # fmt: skip
     titles = ["D_A", "D_B", "row", "compared with", "seeds", "difference", "keeps more (95%)",
               f"equal, within {EQUAL:.0f} points (90%)"]  # fmt: skip
     rows = []
